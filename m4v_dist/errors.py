@@ -1,0 +1,41 @@
+"""Errors that end a job, each with the exit code that the job gives (design contract 5).
+
+Floor 1 of the house: standard library only, so every folder may raise them. A message says what was wrong, the values,
+where, and the way out; `jobs/cli.py` prints it as the last line and writes it to `<run>/result.json`.
+"""
+
+
+class JobError(Exception):
+    """A failure that the user or the world can cause; `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class ConfigError(JobError, ValueError):
+    """The configuration cannot work: unknown key, value out of range, impossible batch, unwritable output."""
+
+    exit_code = 2
+
+
+class DataError(JobError):
+    """The data cannot be used: missing shard, empty cache, wrong fingerprint, too many bad records."""
+
+    exit_code = 3
+
+
+class OutOfMemoryJobError(JobError):
+    """A device or the host ran out of memory."""
+
+    exit_code = 4
+
+
+class PreemptedError(JobError):
+    """The job was asked to stop, and its state is saved: submit it again to go on."""
+
+    exit_code = 5
+
+
+class RetriesExhaustedError(JobError):
+    """Workers failed more often than `launch.max_failures` allows."""
+
+    exit_code = 6

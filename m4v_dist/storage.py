@@ -1,0 +1,170 @@
+"""Local and `s3://` paths behind one door: open, list, exists, atomic put, remove, and safetensors bytes.
+
+The only file that imports s3fs and safetensors. Paths are strings; `s3://bucket/key` is remote, all else is local.
+Writes become visible at once or not at all: a local file is written beside its final name and renamed, an S3 object
+appears when its upload is complete.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any
+
+from safetensors import safe_open
+from safetensors.torch import load as _load_tensor_bytes
+from safetensors.torch import save as _save_tensor_bytes
+from torch import Tensor
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` names an object store."""
+    return path.startswith("s3://")
+
+
+def join(base: str, *parts: str) -> str:
+    """Join path parts with one slash each, local or remote."""
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def _s3() -> Any:
+    import s3fs
+
+    # Explicit timeouts and retries: the defaults let a stalled server hold a job for minutes.
+    config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 8, "mode": "adaptive"}}
+    return s3fs.S3FileSystem(config_kwargs=config, use_listings_cache=False)
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder stands at `path`."""
+    return bool(_s3().exists(path)) if is_remote(path) else os.path.exists(path)
+
+
+def size_bytes(path: str) -> int:
+    """Size of the file at `path`, in bytes."""
+    return int(_s3().size(path)) if is_remote(path) else os.path.getsize(path)
+
+
+def list_folder(path: str) -> list[str]:
+    """Names (not paths) of what stands directly in a folder, sorted; empty if there is no such folder."""
+    if is_remote(path):
+        filesystem = _s3()
+        if not filesystem.exists(path):
+            return []
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
+    return sorted(os.listdir(path)) if os.path.isdir(path) else []
+
+
+def make_folder(path: str) -> None:
+    """Make a local folder with its parents; object stores have none to make."""
+    if not is_remote(path):
+        os.makedirs(path, exist_ok=True)
+
+
+@contextmanager
+def open_read(path: str) -> Iterator[IO[bytes]]:
+    """Open for reading bytes."""
+    with _s3().open(path, "rb") if is_remote(path) else open(path, "rb") as file:
+        yield file
+
+
+def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
+    """Read `length` bytes from `offset` (all to the end when None): a ranged read, local or remote.
+
+    Raises:
+        EOFError: the file holds fewer bytes than were asked for.
+    """
+    if is_remote(path):
+        end = None if length is None else offset + length
+        data = bytes(_s3().cat_file(path, start=offset, end=end))
+    else:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read() if length is None else file.read(length)
+    if length is not None and len(data) != length:
+        raise EOFError(f"{path}: asked for {length} bytes at offset {offset}, got {len(data)}; the file is cut short.")
+    return data
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a whole file so that readers see all of it or nothing."""
+    if is_remote(path):
+        _s3().pipe_file(path, data)
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def put_file(local_path: str, path: str) -> None:
+    """Move a finished local file to its place, at once."""
+    if is_remote(path):
+        _s3().put_file(local_path, path)
+        os.remove(local_path)
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
+    shutil.move(local_path, temporary)
+    os.replace(temporary, path)
+
+
+def remove(path: str) -> None:
+    """Remove a file, or a folder with all in it; nothing happens if there is none."""
+    if is_remote(path):
+        if exists(path):
+            _s3().rm(path, recursive=True)
+    elif os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+def read_json(path: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: not JSON; the message names the file.
+    """
+    try:
+        return json.loads(read_bytes(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: not valid JSON ({error}); the file is damaged, remove it or write it anew."
+        ) from error
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write JSON with sorted keys, atomically."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Serialise named tensors as safetensors; equal tensors give equal bytes."""
+    return _save_tensor_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata or {}))
+
+
+def tensors_from_bytes(data: bytes) -> dict[str, Tensor]:
+    """Read safetensors bytes."""
+    return _load_tensor_bytes(data)
+
+
+def write_tensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
+    write_bytes(path, tensors_to_bytes(tensors, metadata))
+
+
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """Read a safetensors file to CPU tensors, local or remote."""
+    return tensors_from_bytes(read_bytes(path))
+
+
+def read_tensor_metadata(path: str) -> dict[str, str]:
+    """Read the metadata of a local safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})

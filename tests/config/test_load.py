@@ -1,0 +1,110 @@
+"""Configuration is strict, and its errors say what, where and the way out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m4v_dist.config.load import config_from_json, config_to_json, load_config, parse_config
+from m4v_dist.errors import ConfigError
+
+
+def run_values() -> dict[str, Any]:
+    """A small valid run."""
+    return {
+        "run": {"name": "test", "folder": "runs/test"},
+        "sources": [
+            {"name": "clips", "shards": "a-{0..1}.tar", "media": "video", "licence": "MIT"},
+            {"name": "unseen", "shards": "b.tar", "media": "video", "licence": "MIT", "split": "held_out"},
+        ],
+        "precompute": {"cache": "cache", "buckets": [{"height_px": 64, "width_px": 64}], "num_frames": 17},
+        "model": {"preset": "tiny"},
+        "curriculum": [
+            {
+                "name": "video",
+                "num_steps": 10,
+                "num_latents": 3,
+                "buckets": [{"height_px": 64, "width_px": 64}],
+                "weights": {"clips": 1.0},
+            }
+        ],
+        "launch": {"num_workers": 2},
+    }
+
+
+def test_preset_fills_what_the_file_leaves_out_and_keys_override_it() -> None:
+    values = run_values()
+    values["model"] = {"preset": "m4v_2b", "num_single_blocks": 4, "ssm": {"chunk_size": 128}}
+    model = parse_config(values, "test").model
+    assert (model.hidden_size, model.num_single_blocks, model.ssm.chunk_size) == (1920, 4, 128)
+
+
+def test_resolved_config_survives_json() -> None:
+    config = parse_config(run_values(), "test")
+    assert config_from_json(config_to_json(config)) == config
+
+
+def test_override_reaches_a_list_item_and_a_missing_section(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[run]\nname = "t"\nfolder = "r"\n[[sources]]\nname = "clips"\nshards = "a.tar"\nmedia = "video"\nlicence = "MIT"\n'
+        '[precompute]\ncache = "c"\nnum_frames = 17\n[[precompute.buckets]]\nheight_px = 64\nwidth_px = 64\n'
+        '[model]\npreset = "tiny"\n[[curriculum]]\nname = "v"\nnum_steps = 5\nnum_latents = 3\nweights = {clips = 1.0}\n'
+        "[[curriculum.buckets]]\nheight_px = 64\nwidth_px = 64\n"
+    )
+    config = load_config(str(file), ["trainer.zero_stage=3", "curriculum.0.num_steps=7", "run.folder=/tmp/x"])
+    assert (config.trainer.zero_stage, config.curriculum[0].num_steps, config.run.folder) == (3, 7, "/tmp/x")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("objective", "cfg_dorpout", 0.1, ["did you mean objective.cfg_dropout?", "Known here"]),
+        ("precompute", "num_frames", 16, ["num_frames=16", "8k+1", "use 17"]),
+        ("model", "num_heads", 3, ["hidden_size=128", "num_heads=3"]),
+        ("model", "preset", "huge", ["model.preset", "'tiny', 'small' or 'm4v_2b'", "'huge'"]),
+        ("trainer", "global_batch_slots", 12, ["global_batch_slots=12", "sync_group=8", "use 16"]),
+        ("trainer", "held_out_slots", 15, ["held_out_slots=15", "num_workers=2", "use 14"]),
+        ("objective", "stage_columns", [0, 3], ["stage_columns=(0, 3)", "0..2"]),
+        ("sampling", "first_unit_steps", [1, 2], ["first_unit_steps", "3 pyramid stages"]),
+    ],
+)
+def test_refusal_says_what_and_the_way_out(section: str, key: str, value: Any, words: list[str]) -> None:
+    values = run_values()
+    values.setdefault(section, {})[key] = value
+    with pytest.raises(ConfigError) as caught:
+        parse_config(values, "run.toml")
+    for word in ["run.toml", *words]:
+        assert word in str(caught.value)
+
+
+def test_micro_batch_that_does_not_divide_names_two_ways_out() -> None:
+    values = run_values()
+    values["curriculum"][0]["micro_batch_slots"] = 3
+    with pytest.raises(ConfigError, match=r"2 \* 3 = 6; use 12 or 18 slots"):
+        parse_config(values, "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weights": {"unseen": 1.0}}, "training sources are ['clips']"),
+        ({"num_latents": 4}, "raise precompute.num_frames to 25"),
+        ({"buckets": [{"height_px": 128, "width_px": 64}]}, "128x64"),
+    ],
+)
+def test_phase_that_contradicts_other_sections_is_refused(change: dict[str, Any], words: str) -> None:
+    values = run_values()
+    values["curriculum"][0].update(change)
+    with pytest.raises(ConfigError) as caught:
+        parse_config(values, "run.toml")
+    assert words in str(caught.value)
+
+
+def test_missing_file_and_broken_toml_are_config_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(str(tmp_path / "none.toml"))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[run\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(str(broken))

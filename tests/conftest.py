@@ -1,0 +1,35 @@
+"""Shared fixtures: fixed seed, NaN-filled fresh memory, and golden cases copied from the reference implementations."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from m4v_dist import storage
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory():
+    """A read of memory that nobody wrote shows as NaN instead of passing by luck."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def load_golden(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of a golden case; bfloat16 tensors are cast to float32, as its README asks."""
+    description = json.loads((GOLDEN / f"{case}.json").read_text())
+    tensors = storage.read_tensors(str(GOLDEN / f"{case}.safetensors"))
+    cast = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
+    return description, cast
