@@ -47,9 +47,11 @@ def test_resolved_config_survives_json() -> None:
 def test_override_reaches_a_list_item_and_a_missing_section(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
-        '[run]\nname = "t"\nfolder = "r"\n[[sources]]\nname = "clips"\nshards = "a.tar"\nmedia = "video"\nlicence = "MIT"\n'
-        '[precompute]\ncache = "c"\nnum_frames = 17\n[[precompute.buckets]]\nheight_px = 64\nwidth_px = 64\n'
-        '[model]\npreset = "tiny"\n[[curriculum]]\nname = "v"\nnum_steps = 5\nnum_latents = 3\nweights = {clips = 1.0}\n'
+        '[run]\nname = "t"\nfolder = "r"\n[[sources]]\nname = "clips"\nshards = "a.tar"\nmedia = "video"\n'
+        'licence = "MIT"\n[precompute]\ncache = "c"\nnum_frames = 17\n'
+        "[[precompute.buckets]]\nheight_px = 64\nwidth_px = 64\n"
+        '[model]\npreset = "tiny"\n[[curriculum]]\nname = "v"\nnum_steps = 5\nnum_latents = 3\n'
+        "weights = {clips = 1.0}\n"
         "[[curriculum.buckets]]\nheight_px = 64\nwidth_px = 64\n"
     )
     config = load_config(str(file), ["trainer.zero_stage=3", "curriculum.0.num_steps=7", "run.folder=/tmp/x"])
