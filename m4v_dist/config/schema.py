@@ -198,7 +198,7 @@ class ObjectiveSettings(Settings):
     )
     num_train_timesteps: PositiveInt = Field(default=1000, description="Steps of the training table.")
     gamma: float = Field(
-        default=1 / 3, gt=0, description="Block-noise parameter of the stage jump (correlation -gamma)."
+        default=1 / 3, gt=0, le=1 / 3, description="Block-noise parameter of the stage jump (correlation -gamma)."
     )
     cfg_dropout: Fraction = Field(default=0.1, description="Fraction of slots trained with the empty prompt.")
     history_noise_max: Fraction = Field(default=1 / 3, description="Ceiling of the noise on history latents.")
