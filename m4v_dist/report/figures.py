@@ -1,0 +1,117 @@
+"""From rows to what is shown: held-out figures, goodput, samples seen, and the panels of the loss plots. Pure numbers.
+
+A figure that the rows do not hold is None; nothing is guessed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from m4v_dist.report.plots import Curve, Panel, running_mean
+from m4v_dist.report.run_folder import Metrics, Row
+
+HELD_OUT = "validation/held_out_loss"
+SMOOTHING_STEPS = 20
+"""Window of the running mean in the loss plot: a step has few slots, so the raw loss jumps."""
+
+
+def held_out_points(metrics: Metrics) -> list[tuple[int, float]]:
+    """(step, held-out loss) by step; of a step measured twice the last."""
+    return sorted({row["step"]: row[HELD_OUT] for row in metrics.of_kind("held_out")}.items())
+
+
+def samples_seen(metrics: Metrics) -> dict[str, int]:
+    """Samples per source at the end of the run, redone steps counted once."""
+    rows = metrics.standing_train_rows()
+    if not rows:
+        return {}
+    prefix, suffix = "data/", "/samples_seen"
+    counts: dict[str, int] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(prefix) and name.endswith(suffix):
+                counts[name[len(prefix) : -len(suffix)]] = int(value)
+    return dict(sorted(counts.items()))
+
+
+def goodput(ledger: Row | None) -> float | None:
+    """Seconds in steps that stood, over all seconds of the ledger; None without a ledger."""
+    parts = dict(ledger_parts(ledger))
+    total = sum(parts.values())
+    return parts["step"] / total if "step" in parts and total > 0 else None
+
+
+def ledger_parts(ledger: Row | None) -> list[tuple[str, float]]:
+    """(use, seconds) of the ledger, in its order, steps first."""
+    if ledger is None:
+        return []
+    parts = [(name.removesuffix("_s"), float(value)) for name, value in ledger.items() if _is_use(name, value)]
+    return sorted(parts, key=lambda part: part[0] != "step")
+
+
+def _is_use(name: str, value: Any) -> bool:
+    return name.endswith("_s") and not name.startswith("total") and isinstance(value, int | float)
+
+
+def curriculum_stages(metrics: Metrics) -> list[str]:
+    """Names of the curriculum stages in the order trained."""
+    names: list[str] = []
+    for row in metrics.of_kind("train"):
+        if row["curriculum_stage"] not in names:
+            names.append(row["curriculum_stage"])
+    return names
+
+
+def restart_marks(metrics: Metrics, kill: Row | None) -> list[tuple[float, str]]:
+    """(step, text) where each attempt but the last broke off; the kill that the demo made is named as such."""
+    marks: list[tuple[float, str]] = []
+    for attempt in metrics.attempts[:-1]:
+        steps = metrics.train_by_step(attempt)
+        if not steps:
+            continue
+        was_killed = kill is not None and kill["attempt"] == attempt
+        marks.append((max(steps), "worker killed" if was_killed else f"attempt {attempt} ended"))
+    return marks
+
+
+def loss_panels(metrics: Metrics, kill: Row | None) -> list[Panel]:
+    """One panel a curriculum stage: raw loss, its running mean, the redone steps, and the kill."""
+    standing = metrics.standing_train_rows()
+    marks = restart_marks(metrics, kill)
+    panels = []
+    for name in curriculum_stages(metrics):
+        points = [(row["step"], row["train/loss"]) for row in standing if row["curriculum_stage"] == name]
+        curves = [
+            Curve("", tuple(points), "first", is_raw=True),
+            Curve(f"train loss, mean of {SMOOTHING_STEPS} steps", running_mean(points, SMOOTHING_STEPS), "first"),
+        ]
+        steps = {step for step, _ in points}
+        inside = tuple(mark for mark in marks if mark[0] in steps)
+        panels.append(Panel(f"{name} ({len(points)} steps)", tuple(curves), inside))
+    return panels
+
+
+def pyramid_panels(metrics: Metrics) -> list[Panel]:
+    """One panel a curriculum stage: running mean of the loss of each pyramid stage."""
+    prefix = "train/loss_pyramid_stage_"
+    standing = metrics.standing_train_rows()
+    panels = []
+    for name in curriculum_stages(metrics):
+        rows = [row for row in standing if row["curriculum_stage"] == name]
+        stages = sorted({key for row in rows for key in row if key.startswith(prefix)})
+        curves = [
+            Curve(
+                f"pyramid stage {key.removeprefix(prefix)}",
+                # A step whose slots all belong to other pyramid stages has no value, and no point.
+                running_mean([(row["step"], row[key]) for row in rows if row.get(key) is not None], SMOOTHING_STEPS),
+                role,
+            )
+            for key, role in zip(stages, ("third", "second", "first"), strict=False)
+        ]
+        panels.append(Panel(name, tuple(curves)))
+    return panels
+
+
+def held_out_panel(metrics: Metrics) -> Panel:
+    """The held-out loss over the run."""
+    points: Sequence[tuple[float, float]] = held_out_points(metrics)
+    return Panel("", (Curve("held-out loss", tuple(points), "second", has_markers=True),))
