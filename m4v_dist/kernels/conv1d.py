@@ -1,0 +1,59 @@
+"""Causal depthwise convolution over a packed sequence, in plain torch; taps never reach over a segment's start.
+
+Legend: `b` batch, `l` tokens, `d` channels, `k` taps, `s` segments.
+"""
+
+import torch
+from torch import Tensor
+
+from m4v_dist.kernels.scan import check_cu_seqlens
+
+
+def causal_conv1d(
+    x: Tensor,  # b l d
+    weight: Tensor,  # d k
+    bias: Tensor | None,  # d
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Convolve each channel with its own taps: out_t = bias + sum_j weight[:, k - 1 - j] x_{t - j}.
+
+    A sum of k shifted products instead of `conv1d`: exact in float32 under autocast, and a tap that would read another
+    segment is masked, so segments need no loop.
+
+    Args:
+        x: b l d, any float dtype; products and sum are float32 (float64 for float64).
+        weight: d k, 2 <= k <= 4; the last tap multiplies the token itself.
+        bias: d, or None.
+        cu_seqlens: s + 1, int32, rising from 0 to l; b must be 1.
+
+    Returns:
+        b l d, dtype of x.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or not 2 <= weight.shape[1] <= 4:
+        raise ValueError(
+            f"causal_conv1d: x must be b l d and weight d k with 2 to 4 taps, but they have shapes {tuple(x.shape)} "
+            f"and {tuple(weight.shape)}."
+        )
+    if bias is not None and tuple(bias.shape) != (x.shape[2],):
+        raise ValueError(f"causal_conv1d: bias must have shape ({x.shape[2]},), but has {tuple(bias.shape)}.")
+    _, l, _ = x.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    values, taps = x.to(dtype), weight.to(dtype)
+    reach = torch.arange(l, device=x.device)  # l; how many earlier tokens of its segment a token has
+    if cu_seqlens is not None:
+        check_cu_seqlens("causal_conv1d", cu_seqlens, x.shape[0], l)
+        starts = cu_seqlens[:-1].long()
+        reach = reach - starts[torch.bucketize(reach, starts[1:], right=True)]
+    out = values * taps[:, -1]
+    for back in range(1, min(weight.shape[1], l)):
+        shifted = values[:, :-back] * taps[:, -1 - back]
+        if cu_seqlens is not None:
+            shifted = shifted * (reach[back:] >= back)[:, None]
+        out = out + torch.nn.functional.pad(shifted, (0, 0, back, 0))
+    if bias is not None:
+        out = out + bias.to(dtype)
+    return out.to(x.dtype)

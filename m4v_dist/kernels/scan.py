@@ -1,0 +1,171 @@
+"""The one door of the state-space scan: shape checks, the backend table, and no silent fallback.
+
+What is computed, per batch row and head (state layout p n, head k reads group k // (h / g)):
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t (outer) B_t        y_t = h_t C_t + D x_t        y_t <- y_t silu(z_t) if z
+
+The definition is `scan_reference.ssd_scan_loop`; every backend is held to it, output and all gradients.
+
+Source: Mamba-2 (Dao & Gu 2024), section 6; state-spaces/mamba at e9594ce for the argument list.
+
+Legend: `b` batch, `l` tokens, `h` heads, `p` head width, `g` groups, `n` state size, `s` segments.
+"""
+
+import importlib.util
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Backend = Literal["reference", "reference_chunked", "triton", "mamba_ssm"]
+
+
+class BackendUnavailable(ValueError):
+    """A scan backend was asked for by name and cannot run here; the message says why and what to set."""
+
+
+def require_backend(backend: str) -> None:
+    """Check that `backend` can run, without running it: call it before the first step, not in the middle of one.
+
+    Raises:
+        BackendUnavailable: unknown name, or a backend that this version or machine does not have.
+    """
+    match backend:
+        case "reference" | "reference_chunked":
+            return
+        case "triton" | "mamba_ssm":
+            module = f"m4v_dist.kernels.scan_{backend}"
+            if importlib.util.find_spec(module) is None:
+                raise BackendUnavailable(
+                    f'kernels.backend="{backend}" was asked for, but {module} is not built in this version. '
+                    'Set kernels.backend="reference_chunked" (plain torch, CPU and GPU).'
+                )
+            if importlib.util.find_spec(backend) is None:
+                raise BackendUnavailable(
+                    f'kernels.backend="{backend}" was asked for, but the package {backend} is not installed. '
+                    'Install it, or set kernels.backend="reference_chunked".'
+                )
+        case _:
+            raise BackendUnavailable(
+                f"kernels.backend={backend!r} is unknown; choose one of {', '.join(get_args(Backend))}."
+            )
+
+
+def ssd_scan(
+    x: Tensor,  # b l h p, float
+    dt: Tensor,  # b l h
+    A: Tensor,  # h, negative
+    B: Tensor,  # b l g n
+    C: Tensor,  # b l g n
+    D: Tensor | None,  # h
+    *,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """Scan along `l` with the named backend; differentiable in every float argument.
+
+    Args:
+        x: b l h p.
+        dt: b l h, step sizes; `softplus(dt + dt_bias)` is applied first where asked for. Used in float32.
+        A: h, negative decay rates.
+        B: b l g n, with h a multiple of g.
+        C: b l g n.
+        D: h, weight of the skip; None leaves it out.
+        z: b l h p, gate: y * silu(z).
+        dt_bias: h, added to dt.
+        dt_softplus: whether softplus is applied to dt.
+        cu_seqlens: s + 1, int32, rising from 0 to l: where segments start. The state restarts at each; b must be 1.
+            Values are checked where the tensor lies on the CPU (a check on a GPU would wait for it).
+        initial_state: b h p n, or s h p n with `cu_seqlens`; None is zero.
+        chunk_size: tokens of one chunk; the loop ignores it.
+        backend: which implementation runs.
+
+    Returns:
+        y: b l h p, dtype of x; final_state: b h p n (s h p n with `cu_seqlens`), float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit one another.
+        BackendUnavailable: the backend cannot run here.
+    """
+    _check(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, initial_state, chunk_size)
+    require_backend(backend)
+    from m4v_dist.kernels.scan_reference import ssd_scan_chunked, ssd_scan_loop
+
+    if backend == "reference":
+        return ssd_scan_loop(
+            x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
+            initial_state=initial_state,
+        )  # fmt: skip
+    if backend == "reference_chunked":
+        return ssd_scan_chunked(
+            x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
+            initial_state=initial_state, chunk_size=chunk_size,
+        )  # fmt: skip
+    raise BackendUnavailable(f'kernels.backend="{backend}" has a file but no entry in ssd_scan; add it there.')
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"ssd_scan: x must be b l h p, but has shape {tuple(x.shape)}.")
+    b, l, h, p = x.shape
+    if l == 0:
+        raise ValueError(f"ssd_scan: x has no tokens (shape {tuple(x.shape)}); leave out empty sequences.")
+    if chunk_size < 1:
+        raise ValueError(f"ssd_scan: chunk_size={chunk_size} must be at least 1.")
+    if B.ndim != 4 or B.shape[:2] != (b, l) or B.shape[2] == 0 or h % B.shape[2]:
+        raise ValueError(
+            f"ssd_scan: B must be b l g n = {b} {l} g n with {h} heads a multiple of g, but has shape {tuple(B.shape)}."
+        )
+    segments = b if cu_seqlens is None else cu_seqlens.numel() - 1
+    expected: list[tuple[str, str, Tensor | None, tuple[int, ...]]] = [
+        ("dt", "b l h", dt, (b, l, h)),
+        ("A", "h", A, (h,)),
+        ("C", "b l g n", C, tuple(B.shape)),
+        ("D", "h", D, (h,)),
+        ("z", "b l h p", z, (b, l, h, p)),
+        ("dt_bias", "h", dt_bias, (h,)),
+        ("initial_state", "segments h p n", initial_state, (segments, h, p, B.shape[3])),
+    ]
+    for name, axes, tensor, shape in expected:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"ssd_scan: {name} must be {axes} = {shape} to fit x {tuple(x.shape)} and B {tuple(B.shape)}, "
+                f"but has shape {tuple(tensor.shape)}."
+            )
+    if cu_seqlens is not None:
+        check_cu_seqlens("ssd_scan", cu_seqlens, b, l)
+
+
+def check_cu_seqlens(caller: str, cu_seqlens: Tensor, b: int, l: int) -> None:
+    """Refuse segment starts that do not fit a packed sequence of `l` tokens; values only where they are on the CPU.
+
+    Raises:
+        ValueError: batch other than 1, wrong shape, or values that do not rise from 0 to `l`.
+    """
+    if b != 1:
+        raise ValueError(f"{caller}: cu_seqlens packs segments along l, so b must be 1, but is {b}; pack the batch.")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"{caller}: cu_seqlens must be int32 of shape (segments + 1,), but is {cu_seqlens.dtype} of shape "
+            f"{tuple(cu_seqlens.shape)}."
+        )
+    if cu_seqlens.device.type == "cpu":
+        values = cu_seqlens.tolist()
+        if values[0] != 0 or values[-1] != l or any(a >= b for a, b in zip(values, values[1:], strict=False)):
+            raise ValueError(f"{caller}: cu_seqlens must rise from 0 to l={l} with no empty segment, but is {values}.")
