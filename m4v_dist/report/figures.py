@@ -61,15 +61,22 @@ def curriculum_stages(metrics: Metrics) -> list[str]:
     return names
 
 
-def restart_marks(metrics: Metrics, kill: Row | None) -> list[tuple[float, str]]:
-    """(step, text) where each attempt but the last broke off; the kill that the demo made is named as such."""
-    marks: list[tuple[float, str]] = []
-    for attempt in metrics.attempts[:-1]:
-        steps = metrics.train_by_step(attempt)
-        if not steps:
+def restart_marks(metrics: Metrics, kill: Row | None) -> list[tuple[float, float, str]]:
+    """(first step redone, last step done, text) where each attempt but the last broke off.
+
+    The kill that the demo made is named as such.
+    """
+    marks: list[tuple[float, float, str]] = []
+    attempts = metrics.attempts
+    for attempt, following in zip(attempts, attempts[1:], strict=False):
+        done, redone = metrics.train_by_step(attempt), metrics.train_by_step(following)
+        if not done:
             continue
+        last = max(done)
+        first = min((step for step in redone if step <= last), default=last)
         was_killed = kill is not None and kill["attempt"] == attempt
-        marks.append((max(steps), "worker killed" if was_killed else f"attempt {attempt} ended"))
+        text = "worker killed" if was_killed else f"attempt {attempt} ended"
+        marks.append((first, last, f"{text}, {last - first + 1} steps redone" if first in redone else text))
     return marks
 
 
@@ -85,7 +92,7 @@ def loss_panels(metrics: Metrics, kill: Row | None) -> list[Panel]:
             Curve(f"train loss, mean of {SMOOTHING_STEPS} steps", running_mean(points, SMOOTHING_STEPS), "first"),
         ]
         steps = {step for step, _ in points}
-        inside = tuple(mark for mark in marks if mark[0] in steps)
+        inside = tuple(mark for mark in marks if mark[1] in steps)
         panels.append(Panel(f"{name} ({len(points)} steps)", tuple(curves), inside))
     return panels
 
@@ -114,4 +121,4 @@ def pyramid_panels(metrics: Metrics) -> list[Panel]:
 def held_out_panel(metrics: Metrics) -> Panel:
     """The held-out loss over the run."""
     points: Sequence[tuple[float, float]] = held_out_points(metrics)
-    return Panel("", (Curve("held-out loss", tuple(points), "second", has_markers=True),))
+    return Panel("", (Curve("", tuple(points), "second", has_markers=True),))

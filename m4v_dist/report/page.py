@@ -83,12 +83,13 @@ def _tiles(record: RunRecord, held_out: list[tuple[int, float]], seen: dict[str,
     """The figures that matter, each with the sentence that says what it is."""
     tiles = []
     if held_out:
-        (_, first), (_, last) = held_out[0], held_out[-1]
-        change = f"{100 * (last / first - 1):+.0f} %" if first else "no change known"
+        (start, first), (_, last) = held_out[0], held_out[-1]
+        before = "untrained" if start == 0 else f"after {start} steps"
+        change = f"{100 * (last / first - 1):+.0f} %".replace("-", "−") if first else "no change known"
         tiles.append(
             {
                 "figure": f"{first:.3f} → {last:.3f}",
-                "caption": f"held-out loss, untrained → trained ({change}), on clips of other scenes",
+                "caption": f"held-out loss, {before} → trained ({change}), on clips of other scenes",
             }
         )
     else:

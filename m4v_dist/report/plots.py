@@ -53,12 +53,12 @@ class Panel:
     Args:
         title: above the axes.
         curves: what is drawn.
-        marks: (step, text) of vertical lines, such as the kill.
+        marks: (first step redone, last step before the break, text); the span is shaded and its end is a line.
     """
 
     title: str
     curves: tuple[Curve, ...]
-    marks: tuple[tuple[float, str], ...] = ()
+    marks: tuple[tuple[float, float, str], ...] = ()
 
 
 def running_mean(points: Sequence[Point], window: int) -> tuple[Point, ...]:
@@ -79,6 +79,7 @@ def line_panels(panels: Sequence[Panel], y_label: str, *, height_in: float = 3.1
             _draw_panel(panel, axis)
             if position == 0:
                 axis.set_ylabel(y_label)
+        _draw_legend(figure, axes)
         return _to_svg(figure)
 
 
@@ -102,7 +103,8 @@ def _draw_panel(panel: Panel, axis: Any) -> None:
             solid_joinstyle="round",
             zorder=1 if curve.is_raw else 2,
         )
-    for step, text in panel.marks:
+    for first, step, text in panel.marks:
+        axis.axvspan(first, step, color=ROLES["alarm"], alpha=0.12, linewidth=0, zorder=0)
         axis.axvline(step, color=ROLES["alarm"], linewidth=1.2, linestyle=(0, (4, 3)), zorder=3)
         axis.annotate(
             text,
@@ -116,15 +118,22 @@ def _draw_panel(panel: Panel, axis: Any) -> None:
         )
     axis.set_title(panel.title, loc="left", color=ROLES["ink"])
     axis.set_xlabel("step")
-    if any(curve.label for curve in panel.curves):
-        axis.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.9 if panel.marks else 1.0))
+
+
+def _draw_legend(figure: Any, axes: Sequence[Any]) -> None:
+    """One legend for all panels, above them, each label once."""
+    entries = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if entries:
+        figure.legend(
+            list(entries.values()), list(entries), loc="outside upper right", ncols=len(entries), frameon=False
+        )
 
 
 def stacked_bar(parts: Sequence[tuple[str, float]], unit: str, *, width_in: float = 10.0) -> str:
     """Draw one horizontal bar of labelled parts; parts under 6 % of the whole are named in the legend alone."""
     total = sum(value for _, value in parts)
     with _style():
-        figure, (axis,) = _subplots(1, width_in, 1.15, [1.0])
+        figure, (axis,) = _subplots(1, width_in, 1.5, [1.0])
         left = 0.0
         palette = ("first", "third", "second", "fourth", "alarm", "muted")
         for position, (label, value) in enumerate(parts):
@@ -139,7 +148,7 @@ def stacked_bar(parts: Sequence[tuple[str, float]], unit: str, *, width_in: floa
         axis.grid(False)
         axis.spines["left"].set_visible(False)
         axis.set_xlabel(unit)
-        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.55), ncols=len(parts))
+        figure.legend(loc="outside lower left", ncols=len(parts), frameon=False)
         return _to_svg(figure)
 
 

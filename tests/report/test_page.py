@@ -26,7 +26,8 @@ def test_page_states_the_figures_that_matter(run_folder: Path) -> None:
     assert "8 of 8" in page
     assert "70 %" in page
     assert "1,200" in page and "660 stills" in page and "540 clips" in page
-    assert "worker killed" in page
+    assert "worker killed, 8 steps redone" in page
+    assert "untrained → trained" in page
 
 
 def test_quarantined_file_stands_with_its_error(run_folder: Path) -> None:
@@ -86,3 +87,12 @@ def test_a_run_without_metrics_is_an_error(tmp_path: Path) -> None:
 
 def test_equal_runs_give_equal_plots(run_folder: Path) -> None:
     assert _render(run_folder) == _render(run_folder)
+
+
+def test_a_first_held_out_loss_after_training_is_not_called_untrained(run_folder: Path) -> None:
+    path = run_folder / "metrics.jsonl"
+    path.write_text(
+        "".join(line for line in path.read_text().splitlines(True) if '"step": 0, "kind": "held' not in line)
+    )
+    page = _render(run_folder)
+    assert "after 20 steps → trained" in page and "untrained" not in page
