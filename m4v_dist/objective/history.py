@@ -187,8 +187,8 @@ def num_segment_tokens(
         height, width = level_grid(grid, part.level, num_pyramid_stages)
         if height % patch_size or width % patch_size:
             raise ValueError(
-                f"pyramid: the {height}x{width} grid of level {part.level} is not divisible by patch_size="
-                f"{patch_size}; full-size sides must be multiples of {2 ** (num_pyramid_stages - 1) * patch_size} latents."
+                f"pyramid: the {height}x{width} grid of level {part.level} is not divisible by patch_size={patch_size};"
+                f" full-size sides must be multiples of {2 ** (num_pyramid_stages - 1) * patch_size} latents."
             )
         total += part.num_latents * (height // patch_size) * (width // patch_size)
     return total
@@ -204,13 +204,13 @@ def history_noise_ceiling(step: int, maximum: float, ramp_steps: int) -> float:
     return maximum if ramp_steps == 0 else maximum * min(1.0, step / ramp_steps)
 
 
-def add_history_noise(clips: Sequence[Tensor], noise: Sequence[Tensor], level: Tensor) -> tuple[Tensor, ...]:
+def add_history_noise(clips: Sequence[Tensor], noise: Sequence[Tensor], level: float) -> tuple[Tensor, ...]:
     """Mix noise into history: each clip becomes level * noise + (1 - level) * clip.
 
     Args:
         clips: c t h w each.
         noise: one per clip, of its shape; fresh for each clip.
-        level: scalar float32 in [0, 1], one for all clips of a column.
+        level: noise fraction in [0, 1], one for all clips of a column.
 
     Raises:
         ValueError: noise that does not match the clips.

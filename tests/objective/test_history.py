@@ -150,7 +150,7 @@ def test_history_noise_ceiling_grows_linearly_and_stays() -> None:
 
 def test_history_noise_is_a_mixture_of_clip_and_noise() -> None:
     clip, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    (mixed,) = add_history_noise([clip], [noise], torch.tensor(0.25))
+    (mixed,) = add_history_noise([clip], [noise], 0.25)
     torch.testing.assert_close(mixed, 0.25 * noise + 0.75 * clip)
     with pytest.raises(ValueError, match="draw one for each"):
-        add_history_noise([clip], [noise[:, :1]], torch.tensor(0.25))
+        add_history_noise([clip], [noise[:, :1]], 0.25)
