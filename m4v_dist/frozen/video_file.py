@@ -8,6 +8,7 @@ Legend: `t` frames, `h` `w` pixels, `c` red, green, blue.
 """
 
 import io
+import tempfile
 from fractions import Fraction
 from typing import Any
 
@@ -37,19 +38,22 @@ def encode_mp4(frames: ArrayLike, fps: float) -> bytes:
     import av
 
     pixels = _checked_frames(frames)
-    buffer = io.BytesIO()
-    with av.open(buffer, mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
-        # av's stubs type the stream by codec name only; crf and preset are x264's own options.
-        options = {"crf": str(CRF), "preset": "medium", "threads": "1"}
-        stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.height, stream.width = pixels.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for picture in pixels:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+    # A real file: to put the index in front, the muxer opens its output again by name.
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/clip.mp4"
+        with av.open(path, mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
+            # av's stubs type the stream by codec name only; crf and preset are x264's own options.
+            options = {"crf": str(CRF), "preset": "medium", "threads": "1"}
+            stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+            stream.height, stream.width = pixels.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            for picture in pixels:
+                for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                    container.mux(packet)
+            for packet in stream.encode():
                 container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return buffer.getvalue()
+        with open(path, "rb") as file:
+            return file.read()
 
 
 def write_mp4(path: str, frames: ArrayLike, fps: float) -> None:

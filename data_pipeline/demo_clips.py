@@ -1,0 +1,133 @@
+"""The demo's clips: a committed list names files inside installed PyPI packages; here they become records to pack.
+
+Animated WebP is decoded by Pillow and written as H.264 mp4, an mp4 is taken as it is. Each training clip also gives one
+still, for a source of images. Nothing is downloaded. Packing itself is `pack.py`'s.
+"""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from m4v_dist.errors import DataError
+from m4v_dist.frozen.video_file import Frames, decode_animation, encode_mp4, encode_png, read_video
+
+BROKEN_KEY = "broken_on_purpose"
+_CUT = 1 / 3
+"""Where the broken file ends: the header stands and the frames do not, as after an upload that broke off."""
+
+
+@dataclass(frozen=True)
+class DemoClip:
+    """One entry of the list.
+
+    Args:
+        stem: the record's key.
+        file: path below site-packages, `package/folder/file`.
+        split: train or held_out.
+        caption: what is seen, written by hand.
+        still_frame: 0-based frame that becomes the still.
+        fps: frames per second, for files that store none.
+        licence: of the package that ships it.
+    """
+
+    stem: str
+    file: str
+    split: Literal["train", "held_out"]
+    caption: str
+    still_frame: int
+    fps: float
+    licence: str
+
+
+@dataclass(frozen=True)
+class MediaRecord:
+    """One record to pack: media bytes with caption.
+
+    Args:
+        key: name of the record.
+        kind: extension without the dot: mp4, png.
+        media: the file.
+        caption: its text.
+        metadata: what goes into the record's JSON beside the caption.
+    """
+
+    key: str
+    kind: str
+    media: bytes
+    caption: str
+    metadata: dict[str, str]
+
+
+def read_clip_list(path: str) -> tuple[DemoClip, ...]:
+    """Read the committed list.
+
+    Raises:
+        DataError: an entry lacks a key, or two entries share a stem.
+    """
+    entries = json.loads(Path(path).read_text(encoding="utf-8"))["clips"]
+    names = DemoClip.__dataclass_fields__
+    try:
+        clips = tuple(DemoClip(**{name: entry[name] for name in names}) for entry in entries)
+    except KeyError as error:
+        raise DataError(f"{path}: an entry lacks {error}; each needs {', '.join(names)}.") from error
+    stems = [clip.stem for clip in clips]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise DataError(f"{path}: stems {twice} stand twice; a stem is a record's key.")
+    return clips
+
+
+def package_file(relative: str) -> Path:
+    """Path of a file that ships in an installed package, given as `package/folder/file`.
+
+    Raises:
+        DataError: the package is not installed, or has no such file.
+    """
+    package, _, inside = relative.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"{relative}: package {package} is not installed; pip install -e '.[demo]' brings the clips.")
+    path = Path(spec.submodule_search_locations[0]) / inside
+    if not path.is_file():
+        raise DataError(f"{relative}: the installed {package} has no such file; install the pinned version.")
+    return path
+
+
+def media_records(clips: Sequence[DemoClip], num_threads: int) -> Iterator[tuple[MediaRecord, MediaRecord]]:
+    """Make (video, still) of each clip, in order; decoding and encoding run in threads, which release the GIL."""
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="pack") as pool:
+        yield from pool.map(_records_of, clips)
+
+
+def _records_of(clip: DemoClip) -> tuple[MediaRecord, MediaRecord]:
+    path = package_file(clip.file)
+    if path.suffix == ".mp4":
+        frames, _ = read_video(str(path))
+        media = path.read_bytes()
+    else:
+        frames, fps = decode_animation(path.read_bytes(), clip.fps)
+        frames = _even(frames)
+        media = encode_mp4(frames, fps)
+    if not 0 <= clip.still_frame < len(frames):
+        raise DataError(f"{clip.stem}: still_frame={clip.still_frame}, but the clip has {len(frames)} frames.")
+    metadata = {"licence": clip.licence, "file": clip.file}
+    still = encode_png(frames[clip.still_frame])
+    return (
+        MediaRecord(clip.stem, "mp4", media, clip.caption, metadata),
+        MediaRecord(f"{clip.stem}_still", "png", still, clip.caption, metadata),
+    )
+
+
+def _even(frames: Frames) -> Frames:
+    """Cut one row or column where H.264 needs an even size."""
+    return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+
+
+def break_record(record: MediaRecord) -> MediaRecord:
+    """A copy of a record under `BROKEN_KEY` whose media ends in the middle; its caption is whole."""
+    cut = record.media[: int(len(record.media) * _CUT)]
+    return MediaRecord(BROKEN_KEY, record.kind, cut, record.caption, record.metadata)

@@ -1,0 +1,80 @@
+"""The demo's list holds together, and a clip of an installed package becomes an mp4 and a still."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.decode import DecodeError, DecodeRule, decode_clip
+from data_pipeline.demo_clips import DemoClip, break_record, media_records, package_file, read_clip_list
+from m4v_dist.errors import DataError
+
+LIST = str(Path(__file__).parents[2] / "jobs" / "configs" / "demo_clips.json")
+RULE = DecodeRule(buckets=((64, 64),), num_frames=17, fps=8.0)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An installed package that ships one animated WebP of 24 frames with an odd size."""
+    from PIL import Image
+
+    folder = tmp_path / "clips_for_test"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (65, 67, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(np.roll(noise, 2 * t, axis=1)) for t in range(24)]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, format="WEBP", save_all=True, append_images=pictures[1:], duration=50)
+    (folder / "a.webp").write_bytes(buffer.getvalue())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "clips_for_test/a.webp"
+
+
+def _clip(file: str, still_frame: int = 3) -> DemoClip:
+    return DemoClip("a", file, "train", "noise that moves", still_frame, 15.0, "MIT")
+
+
+def test_the_committed_list_splits_without_overlap() -> None:
+    clips = read_clip_list(LIST)
+    train = {clip.file for clip in clips if clip.split == "train"}
+    held_out = {clip.file for clip in clips if clip.split == "held_out"}
+    assert len(train) >= 20 and len(held_out) >= 4 and not train & held_out
+    assert all(clip.caption.strip() and clip.licence for clip in clips)
+
+
+def test_a_webp_becomes_an_mp4_that_decord_reads_and_a_still(package: str) -> None:
+    ((video, still),) = list(media_records([_clip(package)], num_threads=1))
+    clip = decode_clip(video.media, video.kind, RULE)
+    assert clip.source_num_frames == 24 and clip.source_size == (64, 66)
+    assert video.caption == still.caption == "noise that moves"
+    assert decode_clip(still.media, still.kind, RULE).frames.shape == (1, 64, 64, 3)
+    assert video.key != still.key
+
+
+def test_the_broken_record_cannot_be_decoded(package: str) -> None:
+    ((video, _),) = list(media_records([_clip(package)], num_threads=1))
+    broken = break_record(video)
+    assert broken.caption == video.caption and broken.key != video.key
+    with pytest.raises(DecodeError):
+        decode_clip(broken.media, broken.kind, RULE)
+
+
+def test_a_still_past_the_end_is_an_error(package: str) -> None:
+    with pytest.raises(DataError, match="24 frames"):
+        list(media_records([_clip(package, still_frame=24)], num_threads=1))
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    with pytest.raises(DataError, match="no_such_package is not installed"):
+        package_file("no_such_package/a.webp")
+
+
+def test_a_stem_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    entry = json.loads(Path(LIST).read_text())["clips"][0]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"clips": [entry, entry]}))
+    with pytest.raises(DataError, match="stand twice"):
+        read_clip_list(str(path))
