@@ -1,0 +1,167 @@
+"""Multi-modal token re-composition and its exact inverse (M4V paper, section on MM-DiM).
+
+A column [text] [frame, frame, ...] becomes the scanned sequence
+
+    text | register, frame | register, frame | ... | text
+
+with each frame in zigzag order behind the register of its resolution. The text goes in twice, so that the state that
+reads the frames has read the text, and the second copy has read the frames; the inverse drops the registers, undoes
+the order and sums the two copies. Padding is left out: a state starts at the first text token. The padded form that
+the paper draws is `recompose_padded`, the slow twin that a test holds to this one.
+
+Legend: `lt` `lv` text and video tokens of all columns, `l` re-composed tokens, `f` frames, `d` width, `k` columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m4v_dist.blocks.layout import PackedLayout
+from m4v_dist.blocks.zigzag import zigzag_order
+
+
+@dataclass(frozen=True)
+class RecompositionPlan:
+    """Index tables of one layout, path and set of switches; all int64 on the device.
+
+    Args:
+        source: l, row of [text; video; one register row per frame] that each scanned position reads.
+        text_left: lt, position of the first copy.
+        text_right: lt, position of the second copy; None without the sandwich.
+        video: lv, position of each video token.
+        register_levels: f, which register stands before each frame; None without registers.
+        cu_seqlens: k + 1, int32, where the columns start.
+    """
+
+    source: Tensor
+    text_left: Tensor
+    text_right: Tensor | None
+    video: Tensor
+    register_levels: Tensor | None
+    cu_seqlens: Tensor
+
+
+def recomposition_plan(
+    layout: PackedLayout, path: int, *, has_text_sandwich: bool, has_registers: bool
+) -> RecompositionPlan:
+    """Return the tables, made once per layout.
+
+    Args:
+        layout: shapes of the columns.
+        path: zigzag path, 0 .. 7.
+        has_text_sandwich: text before and after the frames, instead of before only.
+        has_registers: a register in front of each frame.
+    """
+    return layout.table(
+        ("recompose", path, has_text_sandwich, has_registers),
+        lambda made: _make_plan(made, path, has_text_sandwich, has_registers),
+    )
+
+
+def _make_plan(layout: PackedLayout, path: int, has_text_sandwich: bool, has_registers: bool) -> RecompositionPlan:
+    source: list[Tensor] = []
+    starts, lefts, rights = [0], [], []
+    levels: list[int] = []
+    length = 0
+
+    def append(rows: Tensor) -> Tensor:
+        nonlocal length
+        source.append(rows)
+        length += rows.numel()
+        return torch.arange(length - rows.numel(), length)
+
+    for column, span in zip(layout.columns, layout.spans, strict=True):
+        text = torch.arange(*span.text)
+        lefts.append(append(text))
+        for frame, first in zip(column.frames, span.frames, strict=True):
+            if has_registers:
+                append(torch.tensor([layout.num_text + layout.num_video + len(levels)]))
+                levels.append(frame.level)
+            append(layout.num_text + first + zigzag_order(frame.height, frame.width, path))
+        if has_text_sandwich:
+            rights.append(append(text))
+        starts.append(length)
+    rows = torch.cat(source)
+    video = torch.empty(layout.num_video, dtype=torch.int64)
+    is_video = (rows >= layout.num_text) & (rows < layout.num_text + layout.num_video)
+    video[rows[is_video] - layout.num_text] = is_video.nonzero()[:, 0]
+    device = layout.device
+    return RecompositionPlan(
+        source=rows.to(device),
+        text_left=torch.cat(lefts).to(device),
+        text_right=torch.cat(rights).to(device) if has_text_sandwich else None,
+        video=video.to(device),
+        register_levels=torch.tensor(levels, device=device) if has_registers else None,
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
+    )
+
+
+def recompose(text: Tensor, video: Tensor, registers: Tensor | None, plan: RecompositionPlan) -> Tensor:
+    """Gather the scanned sequence.
+
+    Args:
+        text: lt d.
+        video: lv d.
+        registers: levels d, one per pyramid level; None where the plan has none.
+        plan: tables of this layout.
+
+    Returns:
+        l d.
+
+    Raises:
+        ValueError: the tokens do not fit the plan's layout.
+    """
+    if text.shape[0] != plan.text_left.numel() or video.shape[0] != plan.video.numel():
+        raise ValueError(
+            f"recompose: got lt={text.shape[0]} text and lv={video.shape[0]} video tokens, but the layout has "
+            f"{plan.text_left.numel()} and {plan.video.numel()}; pass the layout of the latents that were patchified."
+        )
+    rows = [text, video]
+    if plan.register_levels is not None:
+        if registers is None:
+            raise ValueError("recompose: the plan has registers, but none were given; pass registers, levels d.")
+        rows.append(registers.to(video.dtype)[plan.register_levels])
+    return torch.cat(rows).index_select(0, plan.source)
+
+
+def invert(tokens: Tensor, plan: RecompositionPlan) -> tuple[Tensor, Tensor]:
+    """Undo `recompose`: drop registers, undo the order, sum the copies of the text.
+
+    Args:
+        tokens: l d.
+        plan: the plan that made them.
+
+    Returns:
+        text: lt d (the sum of both copies); video: lv d.
+    """
+    text = tokens.index_select(0, plan.text_left)
+    if plan.text_right is not None:
+        text = text + tokens.index_select(0, plan.text_right)
+    return text, tokens.index_select(0, plan.video)
+
+
+def recompose_padded(
+    text: Tensor,  # n d, the text of one column
+    frames: list[tuple[Tensor, int, int]],  # (h*w d, height, width) of each frame, old to new
+    registers: list[Tensor],  # one d-vector per frame
+    *,
+    path: int,
+    padded_length: int,
+) -> tuple[Tensor, Tensor]:
+    """The form that the paper draws, one column at a time: pads before the first text copy and after the second.
+
+    Pads are zero rows. The returned `cu_seqlens` starts a new segment at the first text token, so that the state there
+    is zero although convolution and projection biases have touched the pads.
+
+    Returns:
+        tokens: 2 padded_length + visual tokens + frames, d; cu_seqlens: int32, pads (if any), then the rest.
+    """
+    num_pads = padded_length - text.shape[0]
+    pads = text.new_zeros(num_pads, text.shape[1])
+    parts = [pads, text]
+    for (tokens, height, width), register in zip(frames, registers, strict=True):
+        parts += [register[None], tokens[zigzag_order(height, width, path)]]
+    sequence = torch.cat([*parts, text, pads])
+    starts = sorted({0, num_pads, sequence.shape[0]})
+    return sequence, torch.tensor(starts, dtype=torch.int32)

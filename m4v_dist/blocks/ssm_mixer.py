@@ -1,0 +1,104 @@
+"""The Mamba-2 mixer: in_proj to [z, x, B, C, dt], causal convolution over [x, B, C], scan, gated norm, out_proj.
+
+A_log, dt_bias, D, convolution, norm and scan state are float32 whatever the matmuls run in.
+
+Source: Mamba-2 (Dao & Gu 2024); state-spaces/mamba modules/mamba2.py at e9594ce for order and initialisation.
+
+Legend: `b` batch, `l` tokens, `d` width, `e` inner width, `h` heads, `p` head width, `g` groups, `n` state size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from m4v_dist.config.schema import KernelSettings, SsmSettings
+from m4v_dist.kernels.conv1d import causal_conv1d
+from m4v_dist.kernels.scan import ssd_scan
+
+NORM_EPSILON = 1e-5
+DT_MIN, DT_MAX = 1e-3, 0.1
+
+
+class SsmMixer(nn.Module):
+    """Mixes tokens along `l`, each reading only those before it in its segment.
+
+    Args:
+        width: d.
+        settings: sizes and gate.
+        kernels: which scan backend runs.
+    """
+
+    def __init__(self, width: int, settings: SsmSettings, kernels: KernelSettings) -> None:
+        super().__init__()
+        self.settings, self.backend = settings, kernels.backend
+        self.inner_width = width * settings.expand
+        self.num_heads = self.inner_width // settings.head_dim
+        self.bc_width = settings.num_groups * settings.state_dim
+        conv_channels = self.inner_width + 2 * self.bc_width
+        self.in_proj = nn.Linear(width, self.inner_width + conv_channels + self.num_heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(conv_channels, settings.conv_width))
+        self.conv_bias = nn.Parameter(torch.empty(conv_channels))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm_weight = nn.Parameter(torch.empty(self.inner_width))
+        self.out_proj = nn.Linear(self.inner_width, width, bias=False)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """A in -(1..16), step sizes log-uniform in [1e-3, 0.1] after softplus, D and norm one; linears stay."""
+        nn.init.uniform_(self.A_log, 1.0, 16.0, generator=generator)
+        bound = self.settings.conv_width**-0.5
+        nn.init.uniform_(self.conv_weight, -bound, bound, generator=generator)
+        nn.init.zeros_(self.conv_bias)
+        nn.init.uniform_(self.dt_bias, math.log(DT_MIN), math.log(DT_MAX), generator=generator)
+        nn.init.ones_(self.D)
+        nn.init.ones_(self.norm_weight)
+        with torch.no_grad():
+            self.A_log.log_()
+            dt = self.dt_bias.exp()
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
+
+    def forward(
+        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, initial_state: Tensor | None = None
+    ) -> Tensor:
+        """Mix.
+
+        Args:
+            tokens: b l d.
+            cu_seqlens: segments + 1, int32; b must be 1. None: each batch row is one segment.
+            initial_state: segments h p n, or None for zero.
+
+        Returns:
+            b l d.
+        """
+        e, bc = self.inner_width, self.bc_width
+        z, xBC, dt = self.in_proj(tokens).split([e, e + 2 * bc, self.num_heads], dim=-1)
+        xBC = F.silu(causal_conv1d(xBC, self.conv_weight, self.conv_bias, cu_seqlens=cu_seqlens))
+        x, B, C = xBC.split([e, bc, bc], dim=-1)
+        y, _ = ssd_scan(
+            rearrange(x, "b l (h p) -> b l h p", h=self.num_heads),
+            dt,
+            -torch.exp(self.A_log.float()),
+            rearrange(B, "b l (g n) -> b l g n", g=self.settings.num_groups),
+            rearrange(C, "b l (g n) -> b l g n", g=self.settings.num_groups),
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            cu_seqlens=cu_seqlens,
+            initial_state=initial_state,
+            chunk_size=self.settings.chunk_size,
+            backend=self.backend,
+        )
+        return self.out_proj(self._gated_norm(rearrange(y, "b l h p -> b l (h p)"), z))
+
+    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        """RMSNorm of y silu(z) (gate "silu") or y + z (gate "sum") over each group's channels: b l e."""
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        y, z = y.to(dtype), z.to(dtype)
+        merged = y * F.silu(z) if self.settings.gate == "silu" else y + z
+        groups = rearrange(merged, "b l (g e) -> b l g e", g=self.settings.num_groups)
+        normed = F.rms_norm(groups, groups.shape[-1:], None, NORM_EPSILON)
+        return rearrange(normed, "b l g e -> b l (g e)") * self.norm_weight.to(dtype)
