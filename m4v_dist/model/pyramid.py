@@ -1,0 +1,119 @@
+"""The pyramid backbone: PyramidFlow's miniFLUX, or M4V when the unified blocks mix with MM-DiM.
+
+Patches and text of all columns are packed without padding, pass the MM-DiT blocks as two streams and the unified
+blocks as one, and each column's noisy frames are read out as a velocity. Knows no sigma and no loss.
+
+Source: M4V paper; PyramidFlow flux_modules/modeling_pyramid_flux.py at 3040d71.
+
+Legend: `c` latent channels, `t` `h` `w` latent frames and grid, `lt` `lv` text and video tokens, `l` both, `k`
+columns, `d` width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from m4v_dist.batch import Column, ModelInput
+from m4v_dist.blocks.embed import ConditioningEmbedding, patchify, rope_table, unpatchify
+from m4v_dist.blocks.layout import ColumnShape, FrameShape, packed_layout
+from m4v_dist.blocks.mm_dim import UnifiedBlock
+from m4v_dist.blocks.mm_dit import DoubleBlock
+from m4v_dist.blocks.modulation import Modulation, modulate
+from m4v_dist.config.schema import KernelSettings, ModelSettings
+
+
+class PyramidModel(nn.Module):
+    """Columns of history and noisy latents to velocities.
+
+    Args:
+        settings: sizes and switches.
+        kernels: which scan backend runs.
+    """
+
+    def __init__(self, settings: ModelSettings, kernels: KernelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        width = settings.hidden_size
+        patch_width = settings.latent_channels * settings.patch_size**2
+        self.conditioning = ConditioningEmbedding(width, settings.pooled_width)
+        self.text_in = nn.Linear(settings.text_width, width)
+        self.video_in = nn.Linear(patch_width, width)
+        self.double_blocks = nn.ModuleList(DoubleBlock(settings) for _ in range(settings.num_double_blocks))
+        self.single_blocks = nn.ModuleList(
+            UnifiedBlock(settings, kernels, number) for number in range(settings.num_single_blocks)
+        )
+        self.modulation_out = Modulation(width, 2)
+        self.video_out = nn.Linear(width, patch_width)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Zero the output layer: the first prediction is zero."""
+        nn.init.zeros_(self.video_out.weight)
+        nn.init.zeros_(self.video_out.bias)
+
+    def forward(self, model_input: ModelInput) -> list[Tensor]:
+        """Predict the velocity of each column's last clip.
+
+        Args:
+            model_input: columns of clips (old to new, the last noisy), text and timestep.
+
+        Returns:
+            One tensor per column, c t h w as its last clip, float32.
+
+        Raises:
+            ValueError: widths or grids that do not fit the model.
+        """
+        columns, device = model_input.columns, self.video_in.weight.device
+        patch = self.settings.patch_size
+        layout = packed_layout(tuple(column_shape(column, patch) for column in columns), device)
+        conditioning = self._condition(columns, device)
+        text = self.text_in(torch.cat([column.text.tokens.to(device, torch.float32) for column in columns])).float()
+        patches = [patchify(clip.to(device, torch.float32), patch) for column in columns for clip in column.clips]
+        video = self.video_in(torch.cat(patches)).float()
+        rotary = rope_table(layout, self.settings.rope_axes)
+        for block in self.double_blocks:
+            text, video = self._run(block, text, video, conditioning, rotary, layout)
+        tokens = torch.cat([text, video])  # l d
+        for block in self.single_blocks:
+            tokens = self._run(block, tokens, conditioning, layout)
+        noisy = tokens[layout.num_text :].index_select(0, layout.noisy)
+        scale, shift = self.modulation_out(conditioning)
+        velocities = self.video_out(modulate(noisy, shift, scale, layout.noisy_lengths)).float()
+        return [
+            unpatchify(part, clip.shape[1], clip.shape[2] // patch, clip.shape[3] // patch, patch)
+            for part, clip in zip(
+                velocities.split(layout.noisy_lengths), (column.clips[-1] for column in columns), strict=True
+            )
+        ]
+
+    def _condition(self, columns: tuple[Column, ...], device: torch.device) -> Tensor:
+        """Timestep and pooled text of all columns: k d, float32."""
+        timestep = torch.stack([column.timestep.to(device, torch.float32).reshape(()) for column in columns])
+        pooled = torch.stack([column.text.pooled.to(device, torch.float32) for column in columns])
+        return self.conditioning(timestep, pooled)
+
+    def _run(self, block: nn.Module, *args: Any) -> Any:
+        if self.settings.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+def column_shape(column: Column, patch_size: int) -> ColumnShape:
+    """Shapes of a column in tokens; time runs over all latents, history first.
+
+    Raises:
+        ValueError: text or clips of the wrong number of axes.
+    """
+    tokens = column.text.tokens
+    if tokens.ndim != 2 or column.text.pooled.ndim != 1:
+        raise ValueError(
+            f"model: text must be tokens n d and pooled p, but has shapes {tuple(tokens.shape)} and "
+            f"{tuple(column.text.pooled.shape)}."
+        )
+    frames: list[FrameShape] = []
+    for clip, level in zip(column.clips, column.levels, strict=True):
+        height, width = clip.shape[2] // patch_size, clip.shape[3] // patch_size
+        for _ in range(clip.shape[1]):
+            frames.append(FrameShape(height, width, level, len(frames)))
+    return ColumnShape(tokens.shape[0], tuple(frames), num_noisy=column.clips[-1].shape[1])

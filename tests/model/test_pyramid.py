@@ -1,0 +1,258 @@
+"""The pyramid backbone: equal to PyramidFlow's miniFLUX with attention, tight between columns, trainable with MM-DiM."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from m4v_dist.batch import Column, ModelInput, TextFeatures
+from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.model.build import build_model, build_on_meta
+from m4v_dist.model.warm_start import from_pyramidflow_name, from_pyramidflow_state_dict
+from tests.conftest import GOLDEN, load_golden
+
+KERNELS = KernelSettings()
+
+
+def _attention_settings(config: dict[str, Any]) -> ModelSettings:
+    channels = config["in_channels"] // 4
+    return ModelSettings(
+        hidden_size=config["num_attention_heads"] * config["attention_head_dim"],
+        num_heads=config["num_attention_heads"],
+        num_double_blocks=config["num_layers"],
+        num_single_blocks=config["num_single_layers"],
+        text_width=config["joint_attention_dim"],
+        pooled_width=config["pooled_projection_dim"],
+        latent_channels=channels,
+        rope_axes=tuple(config.get("axes_dims_rope", (16, 24, 24))),
+        mixer="attention",
+    )
+
+
+def _golden_model() -> tuple[nn.Module, dict[str, Any], dict[str, Tensor]]:
+    description, tensors = load_golden("pyramid_flux_transformer")
+    model = build_model(_attention_settings(description["config"]), KERNELS, seed=0)
+    weights = {name.removeprefix("w."): t for name, t in tensors.items() if name.startswith("w.")}
+    model.load_state_dict(from_pyramidflow_state_dict(weights), strict=True)
+    return model, description, tensors
+
+
+def _text(tensors: dict[str, Tensor], case: str, entry: int) -> TextFeatures:
+    mask = tensors[f"in.{case}.encoder_attention_mask"][entry].bool()
+    return TextFeatures(
+        tensors[f"in.{case}.encoder_hidden_states"][entry][mask], tensors[f"in.{case}.pooled_projections"][entry]
+    )
+
+
+def _single_clip_input(tensors: dict[str, Tensor], case: str) -> ModelInput:
+    latents, timesteps = tensors[f"in.{case}.latent"], tensors[f"in.{case}.timestep_ratio"]
+    return ModelInput(
+        tuple(Column((latents[i],), (2,), _text(tensors, case, i), timesteps[i]) for i in range(len(latents)))
+    )
+
+
+def _row_input(description: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[ModelInput, list[tuple[int, int]]]:
+    """All columns of all batch rows as one packed input, and (row, column) of each."""
+    stages = description["stages_of_columns"]
+    num_rows = len(tensors["in.row.timestep_ratio"]) // len(stages)
+    columns, owners = [], []
+    for row in range(num_rows):
+        for number, stage in enumerate(stages):
+            prefix = f"in.row.column{number}.clip"
+            clips = tuple(tensors[f"{prefix}{j}"][row] for j in range(sum(n.startswith(prefix) for n in tensors)))
+            levels = _levels(clips, stage)
+            entry = row * len(stages) + number
+            timestep = tensors["in.row.timestep_ratio"][entry]
+            columns.append(Column(clips, levels, _text(tensors, "row", entry), timestep))
+            owners.append((row, number))
+    return ModelInput(tuple(columns)), owners
+
+
+def _levels(clips: tuple[Tensor, ...], stage: int) -> tuple[int, ...]:
+    height = clips[-1].shape[2]
+    return tuple(stage - (height // clip.shape[2]).bit_length() + 1 for clip in clips)
+
+
+@pytest.mark.parametrize(("case", "output"), [("image", "out.image"), ("clip", "out.clip.causal")])
+def test_one_clip_gives_pyramidflow_outputs(case: str, output: str) -> None:
+    model, description, tensors = _golden_model()
+    tolerance = description["tolerance"]["recommended"]["outputs"]
+    for actual, expected in zip(model(_single_clip_input(tensors, case)), tensors[output], strict=True):
+        torch.testing.assert_close(actual, expected, **tolerance)
+
+
+def test_a_row_of_columns_gives_pyramidflow_outputs_loss_and_gradients() -> None:
+    model, description, tensors = _golden_model()
+    recommended = description["tolerance"]["recommended"]
+    model_input, owners = _row_input(description, tensors)
+    losses = []
+    for actual, (row, number) in zip(model(model_input), owners, strict=True):
+        torch.testing.assert_close(actual, tensors[f"out.row.column{number}"][row], **recommended["outputs"])
+        losses.append((actual - tensors[f"in.row.column{number}.target"][row]).square().mean())
+    loss = torch.stack(losses).mean()
+    torch.testing.assert_close(loss, tensors["out.row.loss"], rtol=1e-5, atol=0)
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    checked = [name for name in tensors if name.startswith("grad.")]
+    assert checked
+    for name in checked:
+        grad = parameters[from_pyramidflow_name(name.removeprefix("grad."))].grad
+        assert grad is not None
+        error = float((grad - tensors[name]).abs().max() / tensors[name].abs().max())
+        assert error < recommended["grads_rel_to_max"], (name, error)
+
+
+def test_position_ids_equal_pyramidflow() -> None:
+    from m4v_dist.blocks.layout import packed_layout
+    from m4v_dist.model.pyramid import column_shape
+
+    description, tensors = load_golden("pyramid_flux_transformer")
+    model_input, owners = _row_input(description, tensors)
+    for column, (_, number) in zip(model_input.columns, owners, strict=True):
+        layout = packed_layout((column_shape(column, 2),), torch.device("cpu"))
+        torch.testing.assert_close(layout.positions, tensors[f"mid.row.column{number}.visual_position_ids"][0])
+
+
+def test_full_size_attention_model_has_miniflux_names_and_shapes() -> None:
+    reference = json.loads((GOLDEN / "keys_pyramid_miniflux.json").read_text())
+    model = build_on_meta(_attention_settings(reference["config"]), KERNELS)
+    ours = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    assert ours == {from_pyramidflow_name(name): shape for name, shape in reference["keys"].items()}
+    assert sum(parameter.numel() for parameter in model.parameters()) == reference["parameters_total"]
+
+
+def test_a_foreign_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="no parameter of PyramidFlow"):
+        from_pyramidflow_state_dict({"transformer_blocks.0.attn.to_z.weight": torch.zeros(1)})
+
+
+TINY = ModelSettings(
+    num_double_blocks=1, num_single_blocks=2, text_width=12, pooled_width=6, temporal_width=16,
+    ssm={"expand": 2, "head_dim": 32, "state_dim": 8, "chunk_size": 16},
+)  # fmt: skip
+
+
+def _perturbed(settings: ModelSettings) -> nn.Module:
+    """A model none of whose branches is multiplied by zero."""
+    model = build_model(settings, KERNELS, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def _column(seed: int, stage: int, unit: int, num_text: int) -> Column:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def clip(level: int) -> Tensor:
+        return draw(16, 1, 4 * 2**level, 8 * 2**level)
+
+    levels = [max(0, stage - age) for age in range(unit - 1)][::-1] + [stage]
+    text = TextFeatures(draw(num_text, 12), draw(6))
+    return Column(tuple(clip(level) for level in levels), tuple(levels), text, torch.tensor(100.0 * seed))
+
+
+def _columns() -> tuple[Column, ...]:
+    return (_column(1, 2, 4, 5), _column(2, 0, 3, 9), _column(3, 1, 1, 1), _column(4, 2, 1, 7))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ssm": {},
+    "parallel": {"mixer": "parallel"},
+    "attention": {"mixer": "attention"},
+    "no_sandwich": {"has_text_sandwich": False},
+    "no_registers": {"has_registers": False},
+    "one_path": {"num_zigzag_paths": 1},
+    "no_temporal_branch": {"has_temporal_branch": False},
+    "sum_gate": {"ssm": TINY.ssm.model_copy(update={"gate": "sum"})},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_packed_column_equals_the_column_alone(variant: str) -> None:
+    """Nothing leaks between columns, whatever mixes the tokens."""
+    model = _perturbed(TINY.model_copy(update=VARIANTS[variant]))
+    columns = _columns()
+    packed = model(ModelInput(columns))
+    for column, together in zip(columns, packed, strict=True):
+        (alone,) = model(ModelInput((column,)))
+        assert alone.abs().max() > 1e-2
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_reach_every_parameter(variant: str) -> None:
+    model = _perturbed(TINY.model_copy(update=VARIANTS[variant]))
+    sum(out.square().mean() for out in model(ModelInput(_columns()))).backward()  # type: ignore[union-attr]
+    # Softmax over keys removes a bias that all keys share; elsewhere the norm of the keys keeps it alive.
+    silent = {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
+    assert not {name for name in silent if not name.endswith("temporal_branch.to_k.bias")}
+
+
+@pytest.mark.parametrize("variant", ["ssm", "attention", "parallel"])
+def test_every_clip_and_the_text_change_the_prediction(variant: str) -> None:
+    model = _perturbed(TINY.model_copy(update=VARIANTS[variant]))
+    column = _column(1, 2, 4, 5)
+    (before,) = model(ModelInput((column,)))
+    changed = [
+        replace(column, clips=tuple(clip + (number == j) for number, clip in enumerate(column.clips)))
+        for j in range(len(column.clips))
+    ]
+    changed.append(replace(column, text=replace(column.text, tokens=column.text.tokens + 1)))
+    changed.append(replace(column, text=replace(column.text, pooled=column.text.pooled + 1)))
+    changed.append(replace(column, timestep=column.timestep + 100))
+    for number, other in enumerate(changed):
+        (after,) = model(ModelInput((other,)))
+        assert (after - before).abs().max() > 1e-4, number
+
+
+def test_recompute_gives_the_same_loss_and_gradients() -> None:
+    results = []
+    for recompute in (False, True):
+        model = _perturbed(TINY.model_copy(update={"recompute": recompute}))
+        loss = sum(out.square().mean() for out in model(ModelInput(_columns())))
+        loss.backward()  # type: ignore[union-attr]
+        results.append((loss, [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_under_autocast_the_sensitive_parts_stay_float32() -> None:
+    """Only the matmuls may round: what the scan, the norms and the modulation are given and give is float32."""
+    from m4v_dist.blocks import ssm_mixer
+
+    model = _perturbed(TINY)
+    seen: dict[str, torch.dtype] = {}
+    original = ssm_mixer.ssd_scan
+
+    def spy(x: Tensor, dt: Tensor, A: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        y, state = original(x, dt, A, *args, **options)
+        seen.update(A=A.dtype, D=args[2].dtype, dt_bias=options["dt_bias"].dtype, state=state.dtype, x=x.dtype)
+        return y, state
+
+    ssm_mixer.ssd_scan = spy  # type: ignore[assignment]
+    modulations = [m for m in model.modules() if type(m).__name__ in {"Modulation", "HeadNorm"}]
+    hooks = [
+        m.register_forward_hook(lambda _m, _i, o: seen.update(norm=o[0].dtype))
+        for m in modulations
+    ]  # fmt: skip
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(ModelInput(_columns()))
+    finally:
+        ssm_mixer.ssd_scan = original
+        for hook in hooks:
+            hook.remove()
+    assert seen.pop("x") == torch.bfloat16, "the test ran without autocast"
+    assert set(seen) == {"A", "D", "dt_bias", "state", "norm"}
+    assert set(seen.values()) == {torch.float32}
+    plain = model(ModelInput(_columns()))
+    for rounded, exact in zip(outputs, plain, strict=True):
+        assert rounded.dtype == torch.float32
+        assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
