@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.pack import RawClip, write_shards
 from m4v_dist.errors import DataError
 from m4v_dist.frozen.video_file import Frames, decode_animation, encode_mp4, encode_png, read_video
 
@@ -41,25 +42,6 @@ class DemoClip:
     still_frame: int
     fps: float
     licence: str
-
-
-@dataclass(frozen=True)
-class MediaRecord:
-    """One record to pack: media bytes with caption.
-
-    Args:
-        key: name of the record.
-        kind: extension without the dot: mp4, png.
-        media: the file.
-        caption: its text.
-        metadata: what goes into the record's JSON beside the caption.
-    """
-
-    key: str
-    kind: str
-    media: bytes
-    caption: str
-    metadata: dict[str, str]
 
 
 def read_clip_list(path: str) -> tuple[DemoClip, ...]:
@@ -97,13 +79,13 @@ def package_file(relative: str) -> Path:
     return path
 
 
-def media_records(clips: Sequence[DemoClip], num_threads: int) -> Iterator[tuple[MediaRecord, MediaRecord]]:
+def media_records(clips: Sequence[DemoClip], num_threads: int) -> Iterator[tuple[RawClip, RawClip]]:
     """Make (video, still) of each clip, in order; decoding and encoding run in threads, which release the GIL."""
     with ThreadPoolExecutor(num_threads, thread_name_prefix="pack") as pool:
         yield from pool.map(_records_of, clips)
 
 
-def _records_of(clip: DemoClip) -> tuple[MediaRecord, MediaRecord]:
+def _records_of(clip: DemoClip) -> tuple[RawClip, RawClip]:
     path = package_file(clip.file)
     if path.suffix == ".mp4":
         frames, _ = read_video(str(path))
@@ -117,8 +99,8 @@ def _records_of(clip: DemoClip) -> tuple[MediaRecord, MediaRecord]:
     metadata = {"licence": clip.licence, "file": clip.file}
     still = encode_png(frames[clip.still_frame])
     return (
-        MediaRecord(clip.stem, "mp4", media, clip.caption, metadata),
-        MediaRecord(f"{clip.stem}_still", "png", still, clip.caption, metadata),
+        RawClip(clip.stem, "mp4", media, clip.caption, metadata),
+        RawClip(f"{clip.stem}_still", "png", still, clip.caption, metadata),
     )
 
 
@@ -127,7 +109,42 @@ def _even(frames: Frames) -> Frames:
     return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
 
 
-def break_record(record: MediaRecord) -> MediaRecord:
+def break_record(record: RawClip) -> RawClip:
     """A copy of a record under `BROKEN_KEY` whose media ends in the middle; its caption is whole."""
-    cut = record.media[: int(len(record.media) * _CUT)]
-    return MediaRecord(BROKEN_KEY, record.kind, cut, record.caption, record.metadata)
+    cut = record.data[: int(len(record.data) * _CUT)]
+    return RawClip(BROKEN_KEY, record.kind, cut, record.caption, record.metadata)
+
+
+def pack_demo(clips: Sequence[DemoClip], folder: str, *, num_clips_per_shard: int, num_threads: int) -> Iterator[str]:
+    """Pack the list into `clips-*.tar`, `stills-*.tar` and `unseen-*.tar` of a folder.
+
+    The broken record is the sixth of the training clips: in the middle of a shard, with neighbours that must be kept.
+
+    Args:
+        clips: the list.
+        folder: local or s3://.
+        num_clips_per_shard: records of one shard of training clips; stills and unseen clips take one shard each.
+        num_threads: threads that decode and encode.
+
+    Yields:
+        the stem of each clip when it is made, for a progress bar; the shards stand when the iterator ends.
+
+    Raises:
+        DataError: a package or file is missing, or the list lacks a split.
+    """
+    videos: dict[str, list[RawClip]] = {"train": [], "held_out": []}
+    stills: list[RawClip] = []
+    for clip, (video, still) in zip(clips, media_records(clips, num_threads), strict=True):
+        videos[clip.split].append(video)
+        if clip.split == "train":
+            stills.append(still)
+        yield clip.stem
+    if not videos["train"] or not videos["held_out"]:
+        raise DataError(
+            f"the clip list has {len(videos['train'])} training and {len(videos['held_out'])} held-out clips; both are "
+            "needed."
+        )
+    training = [*videos["train"][:5], break_record(videos["train"][0]), *videos["train"][5:]]
+    write_shards(training, f"{folder}/clips-%03d.tar", num_clips_per_shard)
+    write_shards(stills, f"{folder}/stills-%03d.tar", len(stills))
+    write_shards(videos["held_out"], f"{folder}/unseen-%03d.tar", len(videos["held_out"]))

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from data_pipeline.decode import DecodeError, DecodeRule, decode_clip
-from data_pipeline.demo_clips import DemoClip, break_record, media_records, package_file, read_clip_list
+from data_pipeline.demo_clips import (
+    BROKEN_KEY,
+    DemoClip,
+    break_record,
+    media_records,
+    pack_demo,
+    package_file,
+    read_clip_list,
+)
+from data_pipeline.pack import RawClip, read_shard
 from m4v_dist.errors import DataError
 
 LIST = str(Path(__file__).parents[2] / "jobs" / "configs" / "demo_clips.json")
@@ -47,10 +56,10 @@ def test_the_committed_list_splits_without_overlap() -> None:
 
 def test_a_webp_becomes_an_mp4_that_decord_reads_and_a_still(package: str) -> None:
     ((video, still),) = list(media_records([_clip(package)], num_threads=1))
-    clip = decode_clip(video.media, video.kind, RULE)
+    clip = decode_clip(video.data, video.kind, RULE)
     assert clip.source_num_frames == 24 and clip.source_size == (64, 66)
     assert video.caption == still.caption == "noise that moves"
-    assert decode_clip(still.media, still.kind, RULE).frames.shape == (1, 64, 64, 3)
+    assert decode_clip(still.data, still.kind, RULE).frames.shape == (1, 64, 64, 3)
     assert video.key != still.key
 
 
@@ -59,7 +68,7 @@ def test_the_broken_record_cannot_be_decoded(package: str) -> None:
     broken = break_record(video)
     assert broken.caption == video.caption and broken.key != video.key
     with pytest.raises(DecodeError):
-        decode_clip(broken.media, broken.kind, RULE)
+        decode_clip(broken.data, broken.kind, RULE)
 
 
 def test_a_still_past_the_end_is_an_error(package: str) -> None:
@@ -78,3 +87,18 @@ def test_a_stem_that_stands_twice_is_an_error(tmp_path: Path) -> None:
     path.write_text(json.dumps({"clips": [entry, entry]}))
     with pytest.raises(DataError, match="stand twice"):
         read_clip_list(str(path))
+
+
+def test_packing_writes_three_sources_with_the_broken_file_among_its_neighbours(package: str, tmp_path: Path) -> None:
+    clips = [DemoClip(f"c{n}", package, "train", f"caption {n}", 0, 15.0, "MIT") for n in range(2)]
+    clips.append(DemoClip("u", package, "held_out", "unseen", 0, 15.0, "MIT"))
+    out = str(tmp_path / "shards")
+    assert list(pack_demo(clips, out, num_clips_per_shard=2, num_threads=1)) == ["c0", "c1", "u"]
+
+    def keys(name: str) -> list[str]:
+        records = list(read_shard(f"{out}/{name}.tar"))
+        assert all(isinstance(record, RawClip) and record.caption for record in records)
+        return [record.key for record in records if isinstance(record, RawClip)]
+
+    assert keys("clips-000") + keys("clips-001") == ["c0", "c1", BROKEN_KEY]
+    assert keys("stills-000") == ["c0_still", "c1_still"] and keys("unseen-000") == ["u"]
