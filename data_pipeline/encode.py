@@ -1,0 +1,56 @@
+"""Frames to latents and captions to embeddings: the one place where a clip meets the frozen nets.
+
+Legend: `c` latent channels, `t` frames or latents, `h` `w` pixels or grid.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipeline.decode import DecodedClip
+from m4v_dist.batch import TextFeatures
+from m4v_dist.frozen.text_encoder import TextEncoder
+from m4v_dist.frozen.video_vae import Codec, frames_from_uint8
+
+
+class EncodeError(Exception):
+    """A clip cannot be encoded; the message says why."""
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """What the cache stores of a clip: latents c t h w bfloat16, un-normalised, and its text."""
+
+    latents: Tensor
+    text: TextFeatures
+
+
+class ClipEncoder:
+    """Codec and text encoder of one worker.
+
+    Args:
+        codec: frames to latents.
+        text_encoder: captions to features.
+        device: where the codec runs.
+    """
+
+    def __init__(self, codec: Codec, text_encoder: TextEncoder, device: str) -> None:
+        self._codec = codec
+        self._text_encoder = text_encoder
+        self._device = device
+
+    @torch.no_grad()
+    def encode(self, clip: DecodedClip, caption: str) -> EncodedClip:
+        """Encode one clip; the same clip gives the same bytes.
+
+        Raises:
+            EncodeError: the latents are not finite.
+        """
+        # frombuffer's memory is read-only; torch wants to own what it gets
+        frames = torch.from_numpy(clip.frames.copy()).to(self._device)
+        latents = self._codec.encode(frames_from_uint8(frames)).to("cpu", torch.bfloat16)
+        if not bool(torch.isfinite(latents).all()):
+            raise EncodeError(f"{int((~torch.isfinite(latents)).sum())} of {latents.numel()} latents are not finite")
+        (text,) = self._text_encoder.encode([caption])
+        return EncodedClip(latents, text)

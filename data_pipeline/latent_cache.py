@@ -1,0 +1,259 @@
+"""The latent cache: record format, shard writer and reader (design contract 2; data_pipeline/README.md has the layout).
+
+A record is three members of a WebDataset tar that stand side by side: `<key>.latents.safetensors`,
+`<key>.text.safetensors`, `<key>.json`. The index row holds their offset, size and checksum, so that a record is one
+ranged read. Bytes depend on the records alone: a rerun writes the same files.
+
+Legend: `c` channels, `t` latents in time, `h` `w` grid, `n` text tokens, `d` text width.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.manifest import IndexRow, read_index, write_index
+from data_pipeline.pack import add_member, open_deterministic_tar
+from m4v_dist import storage
+from m4v_dist.batch import TextFeatures
+from m4v_dist.errors import DataError
+from m4v_dist.frozen.latent_normalization import LatentNormalization
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+NULL_PROMPT = "null_prompt.safetensors"
+_LATENTS, _TEXT, _JSON = "latents.safetensors", "text.safetensors", "json"
+
+
+class CorruptRecordError(Exception):
+    """A record's bytes are not those that were written; the message names key, shard and reason."""
+
+
+@dataclass(frozen=True)
+class CacheRecord:
+    """One record: latents c t h w bfloat16, un-normalised, and its text without padding."""
+
+    latents: Tensor
+    text: TextFeatures
+
+
+def shard_path(cache: str, name: str) -> str:
+    """Where a shard's tar stands."""
+    return storage.join(cache, "shards", f"{name}.tar")
+
+
+def index_path(cache: str, name: str) -> str:
+    """Where a shard's index fragment stands; it exists once the shard is committed."""
+    return storage.join(cache, "index", f"{name}.parquet")
+
+
+class CacheShardWriter:
+    """Writes one shard: records into a local temporary file, then verify, place, and commit by the index fragment."""
+
+    def __init__(self, cache: str, name: str) -> None:
+        self._cache = cache
+        self._name = name
+        self._rows: list[IndexRow] = []
+        descriptor, self._temporary = tempfile.mkstemp(suffix=".tar")
+        os.fchmod(descriptor, 0o644)  # mkstemp's files are for their owner alone; a cache is shared
+        self._file = os.fdopen(descriptor, "w+b")
+        self._tar = open_deterministic_tar(self._file)
+
+    def add(self, row: IndexRow, record: CacheRecord) -> None:
+        """Append a record; `row` comes without shard, offset, size and checksum."""
+        start = self._tar.offset
+        described = {"key": row.key, "source": row.source, "caption": row.caption, "fps": row.fps,
+                     "num_frames": row.num_frames, "height_px": row.height_px, "width_px": row.width_px}  # fmt: skip
+        add_member(self._tar, f"{row.key}.{_LATENTS}", storage.tensors_to_bytes({"latents": record.latents}))
+        add_member(self._tar, f"{row.key}.{_TEXT}", _text_to_bytes(record.text))
+        add_member(self._tar, f"{row.key}.{_JSON}", json.dumps(described, sort_keys=True).encode())
+        size = self._tar.offset - start
+        self._rows.append(replace(row, shard=self._name, offset_bytes=start, size_bytes=size,
+                                  checksum=_checksum(self._reread(start, size))))  # fmt: skip
+
+    def commit(self, notes: dict[str, Any]) -> None:
+        """Verify every record as it stands on disk, place the tar, then write the index fragment.
+
+        Raises:
+            OSError: what was written does not read back.
+        """
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for row in self._rows:
+            _parse_record(self._reread(row.offset_bytes, row.size_bytes), row)
+        self._file.close()
+        # a shard of which nothing was kept has no tar: WebDataset readers stop at an empty one
+        if self._rows:
+            storage.put_file(self._temporary, shard_path(self._cache, self._name))
+        else:
+            os.remove(self._temporary)
+        write_index(index_path(self._cache, self._name), self._rows, notes)
+
+    def abandon(self) -> None:
+        """Remove the temporary file of a shard that will not be committed."""
+        self._file.close()
+        if os.path.exists(self._temporary):
+            os.remove(self._temporary)
+
+    def _reread(self, offset: int, size: int) -> bytes:
+        self._file.flush()
+        self._file.seek(offset)
+        data = self._file.read(size)
+        self._file.seek(0, os.SEEK_END)
+        return data
+
+
+class LatentCache:
+    """Read side: manifest, index rows by source, records by ranged read.
+
+    Attributes:
+        path: the cache's folder.
+        manifest: the whole manifest.
+        null_text: features of the empty prompt.
+        normalization: statistics of the latents.
+    """
+
+    def __init__(
+        self, path: str, manifest: dict[str, Any], rows: Mapping[str, list[IndexRow]], null_text: TextFeatures
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.null_text = null_text
+        self.normalization = LatentNormalization.from_json(manifest["normalization"])
+        self._rows = dict(rows)
+
+    @classmethod
+    def open(cls, path: str, fingerprint: Mapping[str, str] | None = None) -> "LatentCache":
+        """Open a finished cache.
+
+        Args:
+            path: its folder, local or s3://.
+            fingerprint: of codec and text encoder (`codec.fingerprint() | text_encoder.fingerprint()`); None to look
+                at a cache without using it.
+
+        Raises:
+            DataError: no cache, unfinished, empty, of another format version, or made by another codec or text
+                encoder; the message names the differing field.
+        """
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise DataError(f"{path}: no finished latent cache (no {MANIFEST}); run jobs.precompute_latents first.")
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: cache format_version is {manifest.get('format_version')}, this code reads {FORMAT_VERSION}; "
+                "precompute into a new folder."
+            )
+        if fingerprint is not None:
+            require_fingerprint(path, manifest, fingerprint)
+        rows: dict[str, list[IndexRow]] = {}
+        for name in manifest["fragments"]:
+            for row in read_index(index_path(path, name))[0]:
+                rows.setdefault(row.source, []).append(row)
+        if not rows:
+            raise DataError(f"{path}: the cache holds no record; see {storage.join(path, 'report.json')} for why.")
+        for source_rows in rows.values():
+            source_rows.sort(key=lambda row: (row.key, row.shard))
+        null_text = _text_from_bytes(storage.read_bytes(storage.join(path, manifest["null_prompt"])))
+        return cls(path, manifest, rows, null_text)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources with at least one record."""
+        return tuple(sorted(self._rows))
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent along height and width."""
+        return int(self.manifest["spatial_stride"])
+
+    def media(self, source: str) -> str:
+        """What a source holds: video or image."""
+        return str(self.manifest["sources"][source]["media"])
+
+    def rows(self, source: str) -> list[IndexRow]:
+        """Index rows of a source, sorted by key; empty if it has none. Do not change the list."""
+        return self._rows.get(source, [])
+
+    def read(self, row: IndexRow) -> CacheRecord:
+        """Read one record by a ranged read and check it.
+
+        Raises:
+            CorruptRecordError: missing, cut short, or another checksum.
+        """
+        try:
+            data = storage.read_bytes(shard_path(self.path, row.shard), row.offset_bytes, row.size_bytes)
+        except (EOFError, FileNotFoundError) as error:
+            raise CorruptRecordError(f"{row.source}/{row.key} in {row.shard}: {error}") from error
+        if _checksum(data) != row.checksum:
+            raise CorruptRecordError(f"{row.source}/{row.key} in {row.shard}: checksum differs from the index")
+        return _parse_record(data, row)
+
+
+def read_manifest(cache: str) -> dict[str, Any] | None:
+    """Read a cache's manifest; None where there is none."""
+    path = storage.join(cache, MANIFEST)
+    if not storage.exists(path):
+        return None
+    try:
+        return dict(storage.read_json(path))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def write_manifest(cache: str, manifest: dict[str, Any], null_text: TextFeatures) -> None:
+    """Write the null prompt, then the manifest: the cache is finished."""
+    storage.write_bytes(storage.join(cache, NULL_PROMPT), _text_to_bytes(null_text))
+    storage.write_json(storage.join(cache, MANIFEST), manifest)
+
+
+def require_fingerprint(cache: str, manifest: Mapping[str, Any], fingerprint: Mapping[str, str]) -> None:
+    """Check that a cache was made by these encoders.
+
+    Raises:
+        DataError: a field differs; the message names it with both values.
+    """
+    made_by = manifest["fingerprint"]
+    differing = [name for name in sorted(fingerprint) if made_by.get(name) != fingerprint[name]]
+    if differing:
+        lines = "; ".join(
+            f"{name}: cache has {made_by.get(name)!r}, run has {fingerprint[name]!r}" for name in differing
+        )
+        raise DataError(
+            f"{cache}: the cache was made by another codec or text encoder ({lines}); "
+            "use the settings it was made with, or precompute into a new folder."
+        )
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _parse_record(data: bytes, row: IndexRow) -> CacheRecord:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            members = {member.name.removeprefix(f"{row.key}."): tar.extractfile(member) for member in tar}
+            latents_file, text_file = members[_LATENTS], members[_TEXT]
+            assert latents_file is not None and text_file is not None
+            latents = storage.tensors_from_bytes(latents_file.read())["latents"]
+            return CacheRecord(latents, _text_from_bytes(text_file.read()))
+    except (tarfile.TarError, KeyError) as error:
+        raise CorruptRecordError(f"{row.source}/{row.key} in {row.shard}: {type(error).__name__}: {error}") from error
+
+
+def _text_to_bytes(text: TextFeatures) -> bytes:
+    # tokens are the bulk of a T5 record and come from a bf16 net; there is no mask, because there is no padding
+    return storage.tensors_to_bytes({"tokens": text.tokens.to(torch.bfloat16), "pooled": text.pooled.float()})
+
+
+def _text_from_bytes(data: bytes) -> TextFeatures:
+    tensors = storage.tensors_from_bytes(data)
+    return TextFeatures(tensors["tokens"], tensors["pooled"])

@@ -1,0 +1,181 @@
+"""Raw shards, written and read: media and captions in WebDataset tars (design contract 2).
+
+Written bytes depend on the records alone (no time, owner or host in the tar), and a shard appears under its name only
+when it is whole. Per key one media member and `json` and/or `txt` with the caption.
+"""
+
+import io
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from data_pipeline.decode import IMAGE_KINDS, VIDEO_KINDS
+from m4v_dist import storage
+from m4v_dist.errors import DataError
+
+MEDIA_KINDS = VIDEO_KINDS | IMAGE_KINDS
+
+
+@dataclass(frozen=True)
+class RawClip:
+    """One record of a raw shard, undecoded.
+
+    Args:
+        key: its name in the shard; no dot in its last path part.
+        kind: extension of the media, lower case; None where the record has no media member.
+        data: the media file; empty where there is none.
+        caption: None where the record has none, or a blank one.
+        metadata: the json member's other keys.
+    """
+
+    key: str
+    kind: str | None
+    data: bytes
+    caption: str | None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShardDamage:
+    """The rest of a shard cannot be read; what came before it stands."""
+
+    error: str
+
+
+def write_shards(records: Iterable[RawClip], pattern: str, max_records: int) -> list[str]:
+    """Write records to numbered shards; equal records give equal bytes.
+
+    Args:
+        records: in the order they are written; keys must differ.
+        pattern: path with one `%d`-like number, such as `shards/clips-%03d.tar`, local or s3://.
+        max_records: records of one shard, > 0.
+
+    Returns:
+        the shards' paths, in order.
+
+    Raises:
+        ValueError: a key with a dot or used twice, an unknown kind, or a pattern without a number.
+    """
+    if max_records < 1 or pattern % 0 == pattern % 1:
+        raise ValueError(
+            f"write_shards: pattern={pattern!r} needs a number like %03d, and max_records={max_records} > 0"
+        )
+    paths: list[str] = []
+    seen: set[str] = set()
+    shard: list[RawClip] = []
+    for record in records:
+        _check_record(record, seen)
+        shard.append(record)
+        if len(shard) == max_records:
+            paths.append(_write_shard(shard, pattern % len(paths)))
+            shard = []
+    if shard:
+        paths.append(_write_shard(shard, pattern % len(paths)))
+    return paths
+
+
+def _check_record(record: RawClip, seen: set[str]) -> None:
+    if record.key in seen or "." in record.key.rsplit("/", 1)[-1]:
+        raise ValueError(f"write_shards: key {record.key!r} holds a dot or stands twice; WebDataset cuts keys at dots.")
+    if record.kind is not None and record.kind not in MEDIA_KINDS:
+        raise ValueError(f"write_shards: {record.key}: kind {record.kind!r} is not among {sorted(MEDIA_KINDS)}.")
+    seen.add(record.key)
+
+
+def _write_shard(records: list[RawClip], path: str) -> str:
+    descriptor, temporary = tempfile.mkstemp(suffix=".tar")
+    os.fchmod(descriptor, 0o644)  # mkstemp's files are for their owner alone; shards are shared
+    with os.fdopen(descriptor, "wb") as file, open_deterministic_tar(file) as tar:
+        for record in records:
+            if record.kind is not None:
+                add_member(tar, f"{record.key}.{record.kind}", record.data)
+            notes = dict(record.metadata) if record.caption is None else {**record.metadata, "caption": record.caption}
+            add_member(tar, f"{record.key}.json", json.dumps(notes, sort_keys=True, ensure_ascii=False).encode())
+    storage.put_file(temporary, path)
+    return path
+
+
+def open_deterministic_tar(file: IO[bytes]) -> tarfile.TarFile:
+    """A tar for writing whose bytes depend on its members alone."""
+    return tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a file with no time, owner or host in its header."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def read_shard(path: str) -> Iterator[RawClip | ShardDamage]:
+    """Read a raw shard front to back, local or s3://.
+
+    Yields:
+        each record; then one `ShardDamage` if the tar breaks off.
+
+    Raises:
+        DataError: no such shard.
+    """
+    if not storage.exists(path):
+        raise DataError(f"{path}: no such shard; correct the sources' shards, or bring the file back.")
+    with storage.open_read(path) as file:
+        members = tar_file_iterator(file, handler=webdataset.reraise_exception)
+        samples = group_by_keys({**member, "__url__": path} for member in members)
+        while True:
+            try:
+                sample = next(samples)
+            except StopIteration:
+                return
+            # group_by_keys raises ValueError for a member that stands twice under one key
+            except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+                yield ShardDamage(f"tar breaks off: {type(error).__name__}: {str(error)[:200]}")
+                return
+            yield _raw_clip(sample)
+
+
+def count_records(path: str) -> int:
+    """Number of keys in a shard, reading its headers only.
+
+    Raises:
+        DataError: it is no tar, or breaks off.
+    """
+    try:
+        with storage.open_read(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            return len({_key_of(member.name) for member in tar if member.isfile()})
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{path}: cannot be listed ({error}); the shard is damaged, write it anew.") from error
+
+
+def _key_of(name: str) -> str:
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.split('.', 1)[0]}"
+
+
+def _raw_clip(sample: dict[str, Any]) -> RawClip:
+    kinds = sorted(kind for kind in sample if kind in MEDIA_KINDS)
+    notes = _json_object(sample.get("json", b""))
+    caption = notes.pop("caption", None) or notes.pop("text", None) or sample.get("txt", b"").decode("utf-8", "replace")
+    text = caption.strip() if isinstance(caption, str) else ""
+    return RawClip(
+        key=sample["__key__"],
+        kind=kinds[0] if kinds else None,
+        data=sample[kinds[0]] if kinds else b"",
+        caption=text or None,
+        metadata=notes,
+    )
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    """The json member; one that is no JSON object gives nothing, so that its caption counts as missing."""
+    try:
+        value = json.loads(data) if data else {}
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,35 @@
+"""`python -m jobs.precompute_latents --config run.toml`: raw shards to the latent cache, on Ray Data; run at will."""
+
+import logging
+import sys
+
+from data_pipeline.pipeline import PrecomputePlan, describe_plan, run_precompute
+from jobs.cli import check_writable, main
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.launch.ray_workers import start_ray
+
+LOG = logging.getLogger(__name__)
+
+
+def precompute_latents(config: RunConfig, dry_run: bool) -> str:
+    """Fill the run's latent cache; see `data_pipeline/pipeline.py` for what it raises."""
+    plan = PrecomputePlan(config.sources, config.precompute, config.codec, config.text_encoder)
+    if dry_run:
+        LOG.info("plan\n%s", describe_plan(plan))
+        return "dry run: the plan above can be done; nothing was written"
+    check_writable(config.precompute.cache)
+    start_ray(config.launch)
+    result = run_precompute(plan)
+    report = result.report
+    if result.did_nothing:
+        return (
+            f"nothing to do: {report['kept']} records of {report['num_shards']} shards stand in {plan.precompute.cache}"
+        )
+    return (
+        f"{report['kept']} records kept, {sum(report['filtered'].values())} filtered, "
+        f"{len(report['quarantined'])} quarantined, in {plan.precompute.cache} ({report['clips_per_s']} clips/s)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("precompute_latents", precompute_latents, "Encode raw shards into the latent cache."))
