@@ -1,4 +1,4 @@
-"""DeepSpeed behind a small wrapper: settings to its dict, gradients of a whole step, slices by parameter name and range.
+"""DeepSpeed behind a small wrapper: settings to its dict, gradients of a whole step, slices by name and range.
 
 The only file that imports deepspeed. A `Slice` is what one rank owns of one parameter: a range of the flattened
 parameter and views of the fp32 weight and of AdamW's two moments, whatever the ZeRO stage. Checkpoint and EMA know

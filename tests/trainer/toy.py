@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from m4v_dist.batch import LatentBatch, Slot, TextFeatures, derive_seed, slot_generator
+from m4v_dist.config.schema import RunConfig
 
 WIDTH = 7
 
@@ -105,3 +107,27 @@ class ToyLoader:
     def held_out(self) -> tuple[LatentBatch, ...]:
         share = self.num_slots // self.world_size
         return (toy_batch(10**6, list(range(self.rank * share, (self.rank + 1) * share)), self.num_slots),)
+
+
+def toy_config(folder: str, **trainer: Any) -> RunConfig:
+    """A config of two phases for the toy parts; the second unfreezes the double blocks."""
+    bucket = {"height_px": 64, "width_px": 64}
+    phase = {"num_latents": 1, "buckets": [bucket], "weights": {"clips": 1.0, "images": 1.0}, "micro_batch_slots": 3}
+    settings = {"global_batch_slots": 12, "sync_group": 1, "held_out_slots": 12, "checkpoint_every_steps": 3, **trainer}
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "toy", "folder": folder},
+            "sources": [
+                {"name": name, "shards": "none", "media": "image", "licence": "none"} for name in ("clips", "images")
+            ],
+            "precompute": {"cache": folder, "buckets": [bucket]},
+            "model": {},
+            "curriculum": [
+                {**phase, "name": "first", "num_steps": 4, "learning_rate": 0.05, "freeze": ["double_blocks"]},
+                {**phase, "name": "second", "num_steps": 6, "learning_rate": 0.02, "warmup_steps": 2},
+            ],
+            "trainer": settings,
+            "launch": {"num_workers": 2},
+            "logging": {"wandb": "disabled"},
+        }
+    )

@@ -1,0 +1,42 @@
+"""Which training phase a step belongs to; pure numbers.
+
+A phase (curriculum stage) is a range of global steps with its own data, learning rate, freeze set and micro-batch. At
+its boundary the trainer commits a checkpoint, builds a new engine and loads that checkpoint into it: the same path as a
+resume, so a boundary cannot carry over anything that a restart would lose.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from m4v_dist.config.schema import CurriculumStageSettings
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One curriculum stage, placed.
+
+    Args:
+        index: position in the curriculum.
+        settings: its settings.
+        start: first global step.
+        stop: first global step of the next phase.
+    """
+
+    index: int
+    settings: CurriculumStageSettings
+    start: int
+    stop: int
+
+
+def phases(curriculum: Sequence[CurriculumStageSettings]) -> tuple[Phase, ...]:
+    """Lay the stages end to end."""
+    placed, start = [], 0
+    for index, settings in enumerate(curriculum):
+        placed.append(Phase(index, settings, start, start + settings.num_steps))
+        start += settings.num_steps
+    return tuple(placed)
+
+
+def phase_at(curriculum: Sequence[CurriculumStageSettings], step: int) -> Phase | None:
+    """The phase that trains global step `step` (0-based), or None past the end."""
+    return next((phase for phase in phases(curriculum) if phase.start <= step < phase.stop), None)

@@ -1,0 +1,356 @@
+"""The loop: next batch, objective, backward, guard, step, EMA, log, save.
+
+It is given model, objective and loader, and imports none of them. One step is: this rank's micro-batches through the
+objective, one reduction of gradients, one sum over ranks of all numbers (loss, loss per pyramid stage, tokens, samples,
+a wish to stop), then, only if that sum is finite, the optimizer. So every rank decides the same from the same bits.
+
+A resume, a restart after a lost worker and the boundary of a curriculum stage are one path: build model and engine,
+load the newest committed checkpoint, go on at its step.
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from m4v_dist import storage
+from m4v_dist.batch import LatentBatch
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.errors import DataError, PreemptedError
+from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.curriculum import Phase, phase_at
+from m4v_dist.trainer.deepspeed_engine import ZeroEngine
+from m4v_dist.trainer.ema import Ema
+from m4v_dist.trainer.guards import Clock, SkippedSteps
+from m4v_dist.trainer.metrics import Ledger, Metrics, lost_since, read_rows
+from m4v_dist.trainer.optimizer import learning_rate
+from m4v_dist.trainer.tally import Tally
+
+logger = logging.getLogger(__name__)
+
+
+class ObjectiveOutput(Protocol):
+    """What the objective returns: the share of the global loss, and each slot's loss (detached)."""
+
+    @property
+    def loss(self) -> Tensor: ...
+    @property
+    def slot_losses(self) -> Tensor: ...
+
+
+class StepBatch(Protocol):
+    """What the loader yields: this rank's micro-batches of one global step."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def micro_batches(self) -> tuple[LatentBatch, ...]: ...
+
+
+class Loader(Protocol):
+    """The loader's seam; `state_dict` is the state after the last yielded step, the same on all ranks."""
+
+    def enter(self, curriculum_stage_index: int, step: int) -> None: ...
+    def steps(self) -> Iterator[StepBatch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def held_out(self) -> tuple[LatentBatch, ...]: ...
+
+
+Objective = Callable[[nn.Module, LatentBatch], ObjectiveOutput]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `run` did.
+
+    Args:
+        step: optimizer steps done in all.
+        held_out_loss: at the end; None when it is switched off.
+        checkpoint: path of the last one.
+    """
+
+    step: int
+    held_out_loss: float | None
+    checkpoint: str
+
+
+class Trainer:
+    """One attempt at a run; constructing it does nothing to the world.
+
+    Args:
+        config: the run.
+        mesh: rank facts.
+        build_model: builds the model with its start weights, the same on every rank.
+        objective: called with the engine's model and a micro-batch.
+        loader: this rank's.
+        should_stop: asked on rank 0 after each step; True saves and ends with PreemptedError.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        *,
+        build_model: Callable[[], nn.Module],
+        objective: Objective,
+        loader: Loader,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.mesh, self.objective, self.loader = config, mesh, objective, loader
+        self.build_model, self.should_stop = build_model, should_stop
+        self.folder = config.run.folder
+        self.checkpoints = storage.join(self.folder, "checkpoints")
+        self.sources = tuple(source.name for source in config.train_sources)
+        self.step = 0
+        self.seen = {f"{kind}/{name}": 0 for kind in ("samples", "tokens") for name in self.sources}
+        self.skipped = SkippedSteps(config.trainer.max_skipped_steps)
+        self.ledger = Ledger()
+        self.clock = Clock()
+        self.saved: str | None = None
+        self.metrics: Metrics | None = None
+        self.engine: ZeroEngine
+        self.ema: Ema
+
+    def run(self) -> TrainResult:
+        """Train to the end of the curriculum, from wherever the run folder stands (collective).
+
+        Raises:
+            PreemptedError: asked to stop; the state is saved.
+            NonFiniteError: too many steps in a row were not finite.
+            DataError: the newest checkpoint does not fit this model.
+        """
+        self._begin_attempt()
+        held_out: float | None = None
+        while (phase := phase_at(self.config.curriculum, self.step)) is not None:
+            self._enter(phase)
+            if self.step == 0:
+                held_out = self._validate()
+            self._train_phase(phase)
+            if phase.stop == self.config.total_steps:
+                held_out = self._validate()
+            self.engine.close()
+        self._end_attempt()
+        assert self.saved is not None, "the curriculum has at least one step, and its end is saved"
+        return TrainResult(self.step, held_out, self.saved)
+
+    # ---- phases
+
+    def _enter(self, phase: Phase) -> None:
+        """Build the engine of a phase and fill it from the newest checkpoint, if there is one."""
+        settings, config = phase.settings, self.config
+        self.engine = ZeroEngine(
+            self.build_model(),
+            config.trainer,
+            freeze=settings.freeze,
+            micro_batch_slots=settings.micro_batch_slots,
+            mesh=self.mesh,
+        )
+        self.ema = Ema(self.engine.slices(), config.trainer.ema_decay)
+        if self.saved is not None:
+            self._load(self.saved)
+        self.loader.enter(phase.index, self.step)
+        stage = {"curriculum_stage": settings.name, "start": phase.start, "stop": phase.stop}
+        self._write("stage", self.step, {**stage, "freeze": list(settings.freeze)})
+        self._log("stage %s: steps %d to %d, from %s", settings.name, self.step, phase.stop, self.saved or "the start")
+
+    def _train_phase(self, phase: Phase) -> None:
+        every = self.config.trainer
+        batches = self.loader.steps()
+        while self.step < phase.stop:
+            self._train_step(phase, batches)
+            wants_stop = self.mesh.from_main(self.should_stop())
+            if self.step % every.checkpoint_every_steps == 0 or self.step == phase.stop or wants_stop:
+                self._save(phase)
+            if wants_stop and self.step < self.config.total_steps:
+                raise PreemptedError(f"asked to stop at step {self.step}; saved: {self.saved}. Submit again to go on.")
+            if every.validate_every_steps and self.step % every.validate_every_steps == 0 and self.step < phase.stop:
+                self._validate()
+
+    def _train_step(self, phase: Phase, batches: Iterator[StepBatch]) -> None:
+        self.clock.lap()
+        batch = next(batches)
+        assert batch.step == self.step, f"the loader yields step {batch.step}, the trainer is at {self.step}"
+        data_s = self.clock.lap()
+        rate = learning_rate(phase.settings, self.step - phase.start)
+        tally = Tally(self.config.objective.num_pyramid_stages, self.sources)
+        with self.engine.accumulate():
+            for micro_batch in batch.micro_batches:
+                output = self.objective(self.engine.model, micro_batch)
+                self.engine.backward(output.loss)
+                tally.add(output.loss, output.slot_losses, micro_batch)
+        sums = tally.summed(self.mesh)
+        # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
+        norm = self.engine.step(rate) if math.isfinite(sums.loss) else None
+        if not math.isfinite(sums.loss):
+            self.engine.discard()
+        if norm is not None:
+            self.ema.update(self.engine.slices())
+        step_s = self.clock.lap()
+        for name in self.sources:
+            self.seen[f"samples/{name}"] += sums.samples[name]
+            self.seen[f"tokens/{name}"] += sums.full_tokens[name]
+        self.ledger.data_s += data_s
+        self.ledger.step_s += step_s
+        self.skipped.record(step=self.step, is_applied=norm is not None, loss=sums.loss)
+        if self.step % self.config.logging.every_steps == 0:
+            row = {
+                "curriculum_stage": phase.settings.name,
+                "train/loss": sums.loss,
+                "train/grad_norm": norm if norm is not None else math.nan,
+                "train/lr": rate,
+                "train/skipped_steps": self.skipped.total,
+                "timing/step_s": step_s,
+                "timing/data_s": data_s,
+                "perf/tokens_per_sec_per_gpu": sums.tokens / (step_s + data_s) / self.mesh.world_size,
+            }
+            row |= {f"train/loss_pyramid_stage_{stage}": loss for stage, loss in sums.stage_losses.items()}
+            row |= {f"data/{name}/samples_seen": self.seen[f"samples/{name}"] for name in self.sources}
+            row |= {f"data/{name}/tokens_seen": self.seen[f"tokens/{name}"] for name in self.sources}
+            self._write("train", self.step, row)
+        self.step += 1
+
+    @torch.no_grad()
+    def _validate(self) -> float | None:
+        """Loss of the fixed held-out slots with their fixed draws; None when it is switched off (collective)."""
+        if not self.config.trainer.held_out_slots:
+            return None
+        self.clock.lap()
+        self.engine.train(False)
+        tally = Tally(self.config.objective.num_pyramid_stages, ())
+        for micro_batch in self.loader.held_out():
+            output = self.objective(self.engine.model, micro_batch)
+            tally.add(output.loss, output.slot_losses, micro_batch)
+        self.engine.train(True)
+        sums = tally.summed(self.mesh)
+        elapsed = self.clock.lap()
+        self.ledger.validation_s += elapsed
+        row = {"validation/held_out_loss": sums.loss, "timing/validation_s": elapsed}
+        row |= {f"validation/held_out_loss_pyramid_stage_{stage}": loss for stage, loss in sums.stage_losses.items()}
+        self._write("held_out", self.step, row)
+        self._log("held-out loss at step %d: %.6f", self.step, sums.loss)
+        return sums.loss
+
+    # ---- state
+
+    def _tensors(self, *, to_load: bool) -> dict[str, checkpoint.Ranges]:
+        engine, shapes = self.engine, self.engine.shapes
+        slices = engine.slices_to_load() if to_load else engine.slices()
+        moved = {name for group in engine.groups for name in group.parameter_names}
+        moving = {name: shape for name, shape in shapes.items() if name in moved}
+        weights = [(item.name, item.start, item.num_elements, item.weight) for item in slices]
+        average = [(*place, values) for place, values in zip(self.ema.ranges, self.ema.averages, strict=True)]
+        first = [(s.name, s.start, s.num_elements, s.exp_avg) for s in slices if s.exp_avg is not None]
+        second = [(s.name, s.start, s.num_elements, s.exp_avg_sq) for s in slices if s.exp_avg_sq is not None]
+        return {
+            **checkpoint.to_ranges("weights", weights, shapes),
+            **checkpoint.to_ranges("ema", average, shapes),
+            **checkpoint.to_ranges("exp_avg", first, moving),
+            **checkpoint.to_ranges("exp_avg_sq", second, moving),
+        }
+
+    def _save(self, phase: Phase) -> None:
+        self.clock.lap()
+        state = {
+            "curriculum_stage": {"index": phase.index, "name": phase.settings.name, "start": phase.start},
+            "loader": self.loader.state_dict(),
+            "optimizer_steps": self.engine.optimizer_steps(),
+            "ema_updates": self.ema.num_updates,
+            "seen": self.seen,
+            "skipped_steps": self.skipped.total,
+            "shapes": self.engine.shapes,
+        }
+        self.saved = checkpoint.save(
+            self.checkpoints,
+            self.step,
+            tensors=self._tensors(to_load=False),
+            state=state,
+            config=self.config,
+            mesh=self.mesh,
+        )
+        if self.mesh.is_main:
+            every = self.config.trainer
+            checkpoint.prune(self.checkpoints, keep_last=every.keep_last, keep_every_steps=every.keep_every_steps)
+        elapsed = self.clock.lap()
+        self.ledger.checkpoint_s += elapsed
+        name = checkpoint.folder_name(self.step)
+        self._write("checkpoint", self.step, {"checkpoint": name, "timing/checkpoint_stall_s": elapsed})
+        self._write_ledger()
+
+    def _load(self, path: str) -> None:
+        state = checkpoint.read_state(path)
+        tensors = self._tensors(to_load=True)
+        # Moments of a parameter that was frozen at the save are not stored: its AdamW begins anew, with its counter.
+        stored = {kind: set(checkpoint.stored_names(path, kind)) for kind in ("exp_avg", "exp_avg_sq")}
+        tensors = {
+            key: ranges
+            for key, ranges in tensors.items()
+            if key.split("/", 1)[0] not in stored or key.split("/", 1)[1] in stored[key.split("/", 1)[0]]
+        }
+        checkpoint.load(path, tensors)
+        self.engine.publish()
+        self.engine.set_optimizer_steps(state["optimizer_steps"])
+        self.ema.num_updates = state["ema_updates"]
+        self.loader.load_state_dict(state["loader"])
+        self.seen = {**self.seen, **state["seen"]}
+        self.skipped.total = state["skipped_steps"]
+        # Last, after all that could have drawn from it.
+        checkpoint.restore_random_state(path, self.mesh)
+
+    # ---- attempts
+
+    def _begin_attempt(self) -> None:
+        """Number this attempt, say which process is which rank, and find where to go on (collective)."""
+        attempts = storage.join(self.folder, "attempts")
+        names = [name for name in storage.list_folder(attempts) if name.startswith("attempt_")]
+        attempt = self.mesh.from_main(len(names) + 1)
+        pids = dict(enumerate(self.mesh.gather(os.getpid())))
+        self.saved = self.mesh.from_main(checkpoint.newest_committed(self.checkpoints) if self.mesh.is_main else None)
+        self.step = 0 if self.saved is None else checkpoint.step_of(self.saved)
+        if self.step > self.config.total_steps:
+            raise DataError(
+                f"{self.saved} is past the curriculum's {self.config.total_steps} steps; lengthen a stage, or give "
+                "another run.folder."
+            )
+        if not self.mesh.is_main:
+            return
+        value = {"attempt": attempt, "pids": pids, "started": time.time()}
+        storage.write_json(storage.join(attempts, f"attempt_{attempt:04d}.json"), value)
+        rows = read_rows(self.folder)
+        ledger = storage.join(self.folder, "ledger.json")
+        self.ledger = Ledger.from_json(storage.read_json(ledger)) if storage.exists(ledger) else Ledger()
+        self.metrics = Metrics(self.folder, attempt, self.config.logging, self.config)
+        if attempt == 1:
+            return
+        lost_s, lost_steps, last = lost_since(rows, self.step)
+        restart_s = max(0.0, time.time() - last) if last is not None else 0.0
+        self.ledger.lost_s += lost_s
+        self.ledger.restart_s += restart_s
+        row = {"resumed_from": self.saved, "timing/restart_s": restart_s, "lost_steps": lost_steps, "lost_s": lost_s}
+        self._write("restart", self.step, row)
+
+    def _end_attempt(self) -> None:
+        self._write("ledger", self.step, self.ledger.to_json())
+        self._write_ledger()
+        self._log("ledger: %s", ", ".join(f"{name} {value:.2f}" for name, value in self.ledger.to_json().items()))
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(kind, step, values)
+
+    def _write_ledger(self) -> None:
+        if self.mesh.is_main:
+            storage.write_json(storage.join(self.folder, "ledger.json"), self.ledger.to_json())
+
+    def _log(self, message: str, *values: object) -> None:
+        if self.mesh.is_main:
+            logger.info(message, *values)
