@@ -4,7 +4,6 @@ A figure that the rows do not hold is None; nothing is guessed.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from m4v_dist.report.plots import Curve, Panel, running_mean
 from m4v_dist.report.run_folder import Metrics, Row
@@ -12,6 +11,16 @@ from m4v_dist.report.run_folder import Metrics, Row
 HELD_OUT = "validation/held_out_loss"
 SMOOTHING_STEPS = 20
 """Window of the running mean in the loss plot: a step has few slots, so the raw loss jumps."""
+
+USES = {
+    "step_s": "steps",
+    "data_s": "waiting for data",
+    "validation_s": "held-out loss",
+    "checkpoint_s": "checkpoints",
+    "restart_s": "restart",
+    "lost_s": "lost work",
+}
+"""What the ledger's entries are called on the page, in the order shown."""
 
 
 def held_out_points(metrics: Metrics) -> list[tuple[int, float]]:
@@ -35,21 +44,16 @@ def samples_seen(metrics: Metrics) -> dict[str, int]:
 
 def goodput(ledger: Row | None) -> float | None:
     """Seconds in steps that stood, over all seconds of the ledger; None without a ledger."""
-    parts = dict(ledger_parts(ledger))
-    total = sum(parts.values())
-    return parts["step"] / total if "step" in parts and total > 0 else None
+    total = sum(seconds for _, seconds in ledger_parts(ledger))
+    return float(ledger["step_s"]) / total if ledger is not None and total > 0 else None
 
 
 def ledger_parts(ledger: Row | None) -> list[tuple[str, float]]:
-    """(use, seconds) of the ledger, in its order, steps first."""
+    """(use, seconds) of the ledger in words, steps that stood first; uses that we have no word for keep their key."""
     if ledger is None:
         return []
-    parts = [(name.removesuffix("_s"), float(value)) for name, value in ledger.items() if _is_use(name, value)]
-    return sorted(parts, key=lambda part: part[0] != "step")
-
-
-def _is_use(name: str, value: Any) -> bool:
-    return name.endswith("_s") and not name.startswith("total") and isinstance(value, int | float)
+    keys = [*USES, *sorted(key for key in ledger if key.endswith("_s") and key not in USES)]
+    return [(USES.get(key, key), float(ledger[key])) for key in keys if key in ledger]
 
 
 def curriculum_stages(metrics: Metrics) -> list[str]:

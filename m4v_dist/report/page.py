@@ -69,7 +69,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "seen_svg": plots.horizontal_bars(list(seen.items()), "samples") if seen else None,
         "ledger": ledger,
         "ledger_total": sum(seconds for _, seconds in ledger),
-        "ledger_svg": plots.stacked_bar([(n.replace("_", " "), s) for n, s in ledger], "seconds") if ledger else None,
+        "ledger_svg": plots.stacked_bar(ledger, "seconds") if ledger else None,
         "commands": record.commands,
         "versions": versions(),
     }
@@ -107,7 +107,7 @@ def _tiles(record: RunRecord, held_out: list[tuple[int, float]], seen: dict[str,
     tiles.append(
         {
             "figure": f"{100 * share:.0f} %" if share is not None else "no ledger",
-            "caption": "goodput: seconds in steps that stood, over all seconds of the job",
+            "caption": "goodput: seconds in steps that stood, over all seconds of the ledger",
         }
     )
     tiles.append(

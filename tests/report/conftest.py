@@ -48,7 +48,16 @@ def run_folder(tmp_path: Path) -> Path:
     run.mkdir()
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write(
-        run / "ledger.json", {"step_s": 50.0, "data_s": 1.5, "checkpoint_s": 4.0, "restart_s": 12.0, "lost_work_s": 3.5}
+        run / "ledger.json",
+        {
+            "step_s": 48.0,
+            "data_s": 1.5,
+            "checkpoint_s": 4.0,
+            "validation_s": 3.0,
+            "restart_s": 12.0,
+            "lost_s": 3.5,
+            "goodput": 0.66,
+        },
     )
     write(
         run / "cache" / "report.json",

@@ -24,7 +24,7 @@ def test_page_states_the_figures_that_matter(run_folder: Path) -> None:
     page = _render(run_folder)
     assert "1.800 → 0.583" in page
     assert "8 of 8" in page
-    assert "70 %" in page
+    assert "<b>67 %</b>" in page and "lost work" in page
     assert "1,200" in page and "660 stills" in page and "540 clips" in page
     assert "worker killed, 8 steps redone" in page
     assert "untrained → trained" in page
