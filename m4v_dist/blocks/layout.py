@@ -103,7 +103,7 @@ class PackedLayout:
         return self._tables[key]  # type: ignore[return-value]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def packed_layout(columns: tuple[ColumnShape, ...], device: torch.device) -> PackedLayout:
     """Return the layout of these columns on this device, from the cache where they came before.
 

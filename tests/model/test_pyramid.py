@@ -1,4 +1,4 @@
-"""The pyramid backbone: equal to PyramidFlow's miniFLUX with attention, tight between columns, trainable with MM-DiM."""
+"""The pyramid backbone: with attention equal to miniFLUX, tight between columns, trainable with MM-DiM."""
 
 import json
 from dataclasses import replace

@@ -1,0 +1,68 @@
+"""The unified block: paths by number, switches, and which branch each mixer gets."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from m4v_dist.blocks.attention import AttentionMixer
+from m4v_dist.blocks.mm_dim import ParallelMixer, SsmTokenMixer, UnifiedBlock, build_mixer
+from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.model.build import initialize_weights
+from tests.blocks.layouts import mixed_layout
+
+KERNELS = KernelSettings()
+
+
+def _settings(**options: Any) -> ModelSettings:
+    return ModelSettings(
+        hidden_size=16, num_heads=2, rope_axes=(4, 2, 2), temporal_width=8,
+        ssm={"expand": 2, "head_dim": 4, "state_dim": 4, "chunk_size": 16}, **options,
+    )  # fmt: skip
+
+
+def test_block_number_l_takes_path_l_modulo_the_number_of_paths() -> None:
+    def paths(count: Any) -> list[int]:
+        blocks = [UnifiedBlock(_settings(num_zigzag_paths=count), KERNELS, number) for number in range(16)]
+        return [block.mixer.path for block in blocks]  # type: ignore[union-attr, misc]
+
+    assert paths(8) == [*range(8), *range(8)]
+    assert paths(1) == [0] * 16
+
+
+@pytest.mark.parametrize(
+    ("mixer", "kind", "has_branch"),
+    [("attention", AttentionMixer, False), ("ssm", SsmTokenMixer, True), ("parallel", ParallelMixer, True)],
+)
+def test_the_mixer_is_the_one_that_the_settings_name(mixer: str, kind: type, has_branch: bool) -> None:
+    block = UnifiedBlock(_settings(mixer=mixer), KERNELS, 0)
+    assert isinstance(block.mixer, kind)
+    assert (block.temporal_branch is not None) == has_branch
+
+
+def test_parallel_is_the_sum_of_both_mixers() -> None:
+    layout = mixed_layout()
+    mixer = build_mixer(_settings(mixer="parallel"), KERNELS, 3)
+    initialize_weights(mixer, seed=0)
+    assert isinstance(mixer, ParallelMixer)
+    text, video = torch.randn(layout.num_text, 16), torch.randn(layout.num_video, 16)
+    both, one, other = (part(text, video, layout) for part in (mixer, mixer.attention, mixer.ssm))
+    for number in (0, 1):
+        torch.testing.assert_close(both[number], one[number] + other[number])
+
+
+def test_the_second_text_copy_reads_the_frames_and_the_first_does_not() -> None:
+    layout = mixed_layout()
+    for has_sandwich in (True, False):
+        mixer = build_mixer(_settings(has_text_sandwich=has_sandwich), KERNELS, 0)
+        initialize_weights(mixer, seed=0)
+        text, video = torch.randn(layout.num_text, 16), torch.randn(layout.num_video, 16)
+        moved = (mixer(text, video + 1, layout)[0] - mixer(text, video, layout)[0]).abs().max() > 0
+        assert bool(moved) == has_sandwich
+
+
+def test_a_fresh_block_is_the_identity() -> None:
+    layout, block = mixed_layout(), UnifiedBlock(_settings(), KERNELS, 0)
+    initialize_weights(block, seed=0)
+    tokens = torch.randn(layout.num_text + layout.num_video, 16)
+    assert torch.equal(block(tokens, torch.randn(4, 16), layout), tokens)
