@@ -130,3 +130,13 @@ def test_one_stage_is_plain_flow_matching() -> None:
     assert schedule.start_sigmas == (1.0,) and schedule.end_sigmas == (0.0,)
     timesteps, ratios = schedule.inference_table(0, 1)
     assert timesteps.tolist() == [1000.0] and ratios.tolist() == [1.0, 0.0]
+
+
+def test_shift_moves_sigmas_and_timesteps_towards_noise() -> None:
+    """With shift 3, half way is 3 * 0.5 / (1 + 2 * 0.5) = 0.75."""
+    schedule = PyramidSchedule(num_stages=2, shift=3.0)
+    assert schedule.end_sigmas == pytest.approx((0.75, 0.0))
+    assert schedule.original_start_sigmas == pytest.approx((1.0, 0.75))
+    index = int(schedule.timestep_ratios[1][0] * 1000)
+    plain = 1 - index / 1000
+    assert float(schedule.train_timesteps(1)[0]) == pytest.approx(1000 * 3 * plain / (1 + 2 * plain))
