@@ -126,11 +126,16 @@ def _codec(record: RunRecord) -> dict[str, Any] | None:
 
 
 def _precompute(report: Row | None) -> dict[str, Any] | None:
-    """The cache's report, with counts that may be a number or a table by source made into tables."""
+    """The cache's report as a table: one row a source with kept, quarantined, and each reason to filter."""
     if report is None:
         return None
-    kept = report["kept"] if isinstance(report["kept"], dict) else {"all sources": report["kept"]}
-    return {**report, "kept": kept, "num_kept": sum(kept.values())}
+    reasons = sorted(report["filtered"])
+    columns = ["kept", "quarantined", *reasons]
+    table = [
+        {"source": source, "counts": [counts.get(column, 0) for column in columns]}
+        for source, counts in sorted(report["per_source"].items())
+    ]
+    return {**report, "columns": columns, "table": table, "num_filtered": sum(report["filtered"].values())}
 
 
 def _with_videos(run_folder: str, subfolder: str, entries: list[Row]) -> list[Row]:

@@ -68,6 +68,8 @@ def run_folder(tmp_path: Path) -> Path:
                 {"key": "broken", "shard": "clips-000000.tar", "source": "clips", "error": "moov <atom> not found"}
             ],
             "clips_per_s": 3.2,
+            "num_clips": 68,
+            "per_source": {"clips": {"kept": 30, "quarantined": 1, "too_short": 1}, "stills": {"kept": 36}},
         },
     )
     prompts = ["A <b>bold</b> fox & friends", "A white paper plane"]
