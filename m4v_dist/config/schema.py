@@ -345,6 +345,7 @@ def validate(config: RunConfig) -> None:
     if twice:
         raise ConfigError(f"sources: {twice} stand twice; give each source its own name.")
     _validate_batch(config)
+    _validate_sizes(config)
     train_names = {source.name for source in config.train_sources}
     cached = set(config.precompute.buckets)
     for phase in config.curriculum:
@@ -398,3 +399,17 @@ def _validate_batch(config: RunConfig) -> None:
             f"trainer.held_out_slots={held_out} is no multiple of launch.num_workers={workers}; "
             f"use {held_out // workers * workers}."
         )
+
+
+def _validate_sizes(config: RunConfig) -> None:
+    """Every grid must halve evenly down to one patch of the coarsest pyramid stage."""
+    multiple = 8 * config.model.patch_size * 2 ** (config.objective.num_pyramid_stages - 1)
+    sizes = [(f"curriculum {p.name!r}", b.height_px, b.width_px) for p in config.curriculum for b in p.buckets]
+    sizes.append(("sampling", config.sampling.height_px, config.sampling.width_px))
+    for where, height_px, width_px in sizes:
+        if height_px % multiple or width_px % multiple:
+            raise ConfigError(
+                f"{where}: {height_px}x{width_px} px does not divide into patches at all "
+                f"{config.objective.num_pyramid_stages} pyramid stages; both sides must be multiples of {multiple} "
+                f"(8 px a latent, patches of {config.model.patch_size}, halved at each stage)."
+            )
