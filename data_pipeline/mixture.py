@@ -1,0 +1,156 @@
+"""Which source and record each slot of a step takes: pure numbers, no torch, no file.
+
+A step has S slots in S/G sync groups. The source of a group is drawn by weight from a counter: (seed, step, group)
+alone. A group of a video source shares one record (its members train different units of it); every slot of any other
+group takes a record of its own. The records of a source are walked in a new order each epoch; a cursor says how far.
+So the plan of a step depends on the seed and the cursors, never on a rank, a world size or a call count, and over an
+epoch no record is repeated or skipped.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Draw = Callable[..., int]
+"""Hash of its parts to 63 bits: `m4v_dist.batch.derive_seed`, passed in because its file brings torch."""
+
+_DRAW_RANGE = 2.0**63
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """How far a walk has come: `position` records of epoch `epoch` are taken."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The records of one source that a curriculum stage may take.
+
+    Args:
+        name: of the cursor: the source and its buckets, so that a stage of other buckets walks by itself.
+        num_rows: records, > 0.
+        shares_record: whether a sync group takes one record together.
+    """
+
+    name: str
+    num_rows: int
+    shares_record: bool
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What one slot takes: `row` counts in its walk, 0-based; `group` and `member` place it in the step."""
+
+    source: str
+    row: int
+    group: int
+    member: int
+
+
+class Mixture:
+    """Plans steps of one curriculum stage.
+
+    Args:
+        seed: of the run.
+        draw: see `Draw`.
+        weights: share of each source, > 0; need not sum to 1.
+        walks: one per source of `weights`.
+        num_groups: sync groups of a step.
+        group_size: G.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        draw: Draw,
+        *,
+        weights: Mapping[str, float],
+        walks: Mapping[str, Walk],
+        num_groups: int,
+        group_size: int,
+    ) -> None:
+        assert set(weights) == set(walks), "each weight has its walk"
+        self._seed = seed
+        self._draw = draw
+        self._weights = dict(sorted(weights.items()))
+        self._walks = dict(walks)
+        self._num_groups = num_groups
+        self._group_size = group_size
+        self._orders: dict[str, tuple[int, list[int]]] = {}
+
+    def plan(self, step: int, cursors: Mapping[str, Cursor]) -> tuple[list[Pick], dict[str, Cursor]]:
+        """Choose the records of one step.
+
+        Args:
+            step: global step.
+            cursors: where each walk stands before it; a walk that is missing starts.
+
+        Returns:
+            one pick per slot, in slot order; and the cursors after the step.
+        """
+        after = dict(cursors)
+        picks: list[Pick] = []
+        for group in range(self._num_groups):
+            source = self._source_of(step, group)
+            walk = self._walks[source]
+            if walk.shares_record:
+                rows = self._take(walk, 1, after) * self._group_size
+            else:
+                rows = self._take(walk, self._group_size, after)
+            picks += [Pick(source, row, group, member) for member, row in enumerate(rows)]
+        return picks, after
+
+    def _source_of(self, step: int, group: int) -> str:
+        threshold = self._draw(self._seed, "source", step, group) / _DRAW_RANGE * sum(self._weights.values())
+        for source, weight in self._weights.items():
+            threshold -= weight
+            if threshold < 0:
+                return source
+        return source  # the draw rounded up to 1
+
+    def _take(self, walk: Walk, count: int, cursors: dict[str, Cursor]) -> list[int]:
+        """Take the next records of a walk; moves its cursor."""
+        rows = []
+        cursor = cursors.get(walk.name, Cursor())
+        for _ in range(count):
+            if cursor.position == walk.num_rows:
+                cursor = Cursor(cursor.epoch + 1, 0)
+            rows.append(self._order(walk, cursor.epoch)[cursor.position])
+            cursor = Cursor(cursor.epoch, cursor.position + 1)
+        cursors[walk.name] = cursor
+        return rows
+
+    def _order(self, walk: Walk, epoch: int) -> list[int]:
+        """Order of an epoch: rows sorted by a hash of (seed, walk, epoch, row), equal on every machine."""
+        known = self._orders.get(walk.name)
+        if known is None or known[0] != epoch:
+            keys = [self._draw(self._seed, "order", walk.name, epoch, row) for row in range(walk.num_rows)]
+            known = (epoch, sorted(range(walk.num_rows), key=keys.__getitem__))
+            self._orders[walk.name] = known
+        return known[1]
+
+
+def pack_slots(num_tokens: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Spread slots over bins of equal count and about equal tokens.
+
+    Largest first into the bin with the fewest tokens that still has room; ties go to the lower number, so that all
+    ranks get the same answer.
+
+    Args:
+        num_tokens: of each slot; their number is a multiple of `num_bins`.
+        num_bins: ranks times micro-batches.
+
+    Returns:
+        slot numbers of each bin, ascending.
+    """
+    assert len(num_tokens) % num_bins == 0, "validate() checks that ranks and micro-batches divide the batch"
+    room = len(num_tokens) // num_bins
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [0] * num_bins
+    for slot in sorted(range(len(num_tokens)), key=lambda slot: (-num_tokens[slot], slot)):
+        target = min((b for b in range(num_bins) if len(bins[b]) < room), key=lambda b: (loads[b], b))
+        bins[target].append(slot)
+        loads[target] += num_tokens[slot]
+    return [sorted(members) for members in bins]

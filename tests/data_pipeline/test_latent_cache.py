@@ -1,0 +1,102 @@
+"""The cache's format: WebDataset-readable, exact, repeatable, and refused when it is not the run's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset
+
+from data_pipeline.latent_cache import CorruptRecordError, LatentCache, index_path
+from data_pipeline.manifest import read_index
+from m4v_dist import storage
+from m4v_dist.errors import DataError
+from tests.data_pipeline.made_cache import FINGERPRINT, MadeSource, make_cache
+
+SOURCES = [MadeSource("vid", "video", 5, 3), MadeSource("img", "image", 4, 1)]
+
+
+def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    cache = LatentCache.open(make_cache(str(tmp_path), SOURCES), FINGERPRINT)
+    assert cache.sources == ("img", "vid") and cache.media("vid") == "video"
+    rows = cache.rows("vid")
+    assert [row.key for row in rows] == [f"vid{n:03d}" for n in range(5)]
+    record = cache.read(rows[3])
+    expected = torch.full((4, 3, 8, 8), 24.0) + torch.arange(3)[:, None, None]
+    assert torch.equal(record.latents, expected.bfloat16())
+    assert record.text.tokens.shape == (4, 6) and record.text.pooled.shape == (6,)
+    assert cache.null_text.tokens.shape == (2, 6)
+
+
+def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    samples = list(webdataset.WebDataset(f"{folder}/shards/vid.tar", shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"vid{n:03d}" for n in range(5)]
+    latents = storage.tensors_from_bytes(samples[2]["latents.safetensors"])["latents"]
+    assert float(latents[0, 0, 0, 0]) == 16.0
+    assert json.loads(samples[2]["json"])["caption"] == "caption 2"
+
+
+def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
+    files = []
+    for name in ("one", "two"):
+        make_cache(str(tmp_path / name), SOURCES)
+        files.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.*")})
+    assert len(files[0]) == 6 and files[0] == files[1]
+
+
+def test_an_index_row_places_its_record_in_the_tar(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    rows, notes = read_index(index_path(folder, "vid"))
+    assert notes == {"fingerprint": "made"}
+    data = Path(folder, "shards", "vid.tar").read_bytes()
+    for row in rows:
+        assert data[row.offset_bytes :].startswith(f"{row.key}.latents.safetensors".encode())
+    assert rows[1].offset_bytes == rows[0].offset_bytes + rows[0].size_bytes
+
+
+def test_a_flipped_bit_and_a_cut_tail_are_named(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    cache = LatentCache.open(folder)
+    tar = Path(folder, "shards", "vid.tar")
+    sound = tar.read_bytes()
+    row = cache.rows("vid")[4]
+    flipped = bytearray(sound)
+    flipped[row.offset_bytes + 700] ^= 4
+    tar.write_bytes(bytes(flipped))
+    with pytest.raises(CorruptRecordError, match="vid/vid004 in vid: checksum"):
+        cache.read(row)
+    tar.write_bytes(sound[: row.offset_bytes + 100])
+    with pytest.raises(CorruptRecordError, match="vid/vid004 in vid: .*cut short"):
+        cache.read(row)
+    tar.unlink()
+    with pytest.raises(CorruptRecordError, match="vid004"):
+        cache.read(row)
+
+
+def test_a_cache_of_another_encoder_is_refused_by_the_field(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    with pytest.raises(DataError, match="codec_weights_sha256: cache has 'aa', run has 'zz'") as caught:
+        LatentCache.open(folder, FINGERPRINT | {"codec_weights_sha256": "zz"})
+    assert "text_encoder" not in str(caught.value).split("(", 1)[1].split(")")[0]
+
+
+def test_no_cache_an_empty_one_and_an_old_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no finished latent cache"):
+        LatentCache.open(str(tmp_path))
+    folder = make_cache(str(tmp_path), [])
+    with pytest.raises(DataError, match="holds no record"):
+        LatentCache.open(folder)
+    manifest = storage.read_json(f"{folder}/manifest.json")
+    storage.write_json(f"{folder}/manifest.json", manifest | {"format_version": 0})
+    with pytest.raises(DataError, match="format_version is 0"):
+        LatentCache.open(folder)
+
+
+def test_a_shard_is_not_committed_before_its_index(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    assert storage.list_folder(f"{folder}/index") == ["img.parquet", "vid.parquet"]
+    assert not [name for name in storage.list_folder(f"{folder}/shards") if ".tmp" in name]
+    storage.write_bytes(index_path(folder, "vid"), b"not parquet")
+    with pytest.raises(DataError, match="vid.parquet: is no index"):
+        LatentCache.open(folder)

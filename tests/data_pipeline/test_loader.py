@@ -1,0 +1,275 @@
+"""The loader: same slots on any number of ranks, exact resume, damaged records, refusals."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.latent_cache import LatentCache
+from data_pipeline.loader import LatentLoader, StepBatch
+from m4v_dist.batch import LatentBatch, Slot
+from m4v_dist.config.schema import BucketSettings, CurriculumStageSettings, ObjectiveSettings, SourceSettings
+from m4v_dist.errors import ConfigError, DataError
+from m4v_dist.objective.history import choose_unit, num_segment_tokens
+from tests.data_pipeline.made_cache import MadeSource, make_cache, record_value
+
+BUCKET = BucketSettings(height_px=64, width_px=64)
+SOURCES = [
+    MadeSource("vid", "video", 7, 5),
+    MadeSource("img", "image", 13, 1),
+    MadeSource("unseen", "video", 3, 4, split="held_out"),
+]
+CURRICULUM = (
+    CurriculumStageSettings(
+        name="images", num_steps=4, num_latents=1, buckets=(BUCKET,), weights={"img": 1.0}, micro_batch_slots=2
+    ),
+    CurriculumStageSettings(
+        name="video", num_steps=40, num_latents=4, buckets=(BUCKET,), weights={"vid": 3.0, "img": 1.0},
+        micro_batch_slots=2,
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_cache(str(tmp_path_factory.mktemp("cache")), SOURCES)
+
+
+def make_loader(folder: str, rank: int = 0, world_size: int = 1, **changes: Any) -> LatentLoader:
+    values: dict[str, Any] = {
+        "sources": [
+            SourceSettings(name=s.name, shards="x", media=s.media, licence="none", split=s.split) for s in SOURCES
+        ],
+        "curriculum": CURRICULUM,
+        "seed": 5,
+        "global_batch_slots": 8,
+        "sync_group": 4,
+        "objective": ObjectiveSettings(),
+        "choose_unit": choose_unit,
+        "num_segment_tokens": num_segment_tokens,
+        "patch_size": 2,
+        "prefetch_steps": 2,
+        "held_out_slots": 12,
+    } | changes
+    return LatentLoader(LatentCache.open(folder), rank=rank, world_size=world_size, **values)
+
+
+def take(loader: LatentLoader, count: int) -> list[StepBatch]:
+    steps = loader.steps()
+    taken = [next(steps) for _ in range(count)]
+    loader.close()
+    return taken
+
+
+def slots_of(batches: list[StepBatch]) -> list[Slot]:
+    return [slot for batch in batches for micro in batch.micro_batches for slot in micro.slots]
+
+
+def by_index(slots: list[Slot]) -> list[Slot]:
+    return sorted(slots, key=lambda slot: (slot.step, slot.index))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_any_number_of_ranks_reads_the_same_slots(cache_folder: str, world_size: int) -> None:
+    alone = make_loader(cache_folder)
+    alone.enter(0, 0)
+    expected = by_index(slots_of(take(alone, 10)))
+    states, found = [], []
+    for rank in range(world_size):
+        loader = make_loader(cache_folder, rank, world_size)
+        loader.enter(0, 0)
+        batches = take(loader, 10)
+        assert all(len(b.micro_batches) == 8 // world_size // 2 for b in batches)
+        found += slots_of(batches)
+        states.append(loader.state_dict())
+    assert by_index(found) == expected
+    assert [s.index for s in expected] == list(range(8)) * 10
+    assert all(state == alone.state_dict() for state in states)
+
+
+@pytest.mark.parametrize("prefetch_steps", [0, 3])
+def test_an_interrupted_run_continues_as_the_straight_one(cache_folder: str, prefetch_steps: int) -> None:
+    straight = make_loader(cache_folder)
+    straight.enter(0, 0)
+    first = take(straight, 4)
+    straight.enter(1, 4)
+    expected = slots_of(first + take(straight, 9))
+
+    before = make_loader(cache_folder, prefetch_steps=prefetch_steps)
+    before.enter(0, 0)
+    found = slots_of(take(before, 4))
+    before.enter(1, 4)
+    found += slots_of(take(before, 3))
+    state = before.state_dict()
+    # two ranks go on where one stopped
+    rest: list[Slot] = []
+    for rank in range(2):
+        after = make_loader(cache_folder, rank, 2, prefetch_steps=prefetch_steps)
+        after.load_state_dict(state)
+        after.enter(1, 7)
+        rest += slots_of(take(after, 6))
+        assert after.state_dict() == straight.state_dict()
+    assert by_index(found) + by_index(rest) == by_index(expected)
+
+
+def test_an_epoch_repeats_and_skips_no_record(cache_folder: str) -> None:
+    loader = make_loader(cache_folder)
+    loader.enter(0, 0)
+    records = [slot.record for slot in slots_of([*take(loader, 13)])]
+    assert len(records) == 8 * 13
+    # micro-batches reorder the slots of a step, so epochs are cut at whole steps: 13 steps are 8 epochs of 13 images
+    assert Counter(records) == {record: 8 for record in range(13)}
+
+
+def test_epochs_have_different_orders(cache_folder: str) -> None:
+    loader = make_loader(cache_folder)
+    loader.enter(0, 0)
+    records = [slot.record for slot in by_index(slots_of(take(loader, 4)))]
+    assert sorted(records[:13]) == sorted(records[13:26]) == list(range(13))
+    assert records[:13] != records[13:26]
+
+
+def test_a_sync_group_shares_one_video_and_trains_its_units(cache_folder: str) -> None:
+    loader = make_loader(cache_folder)
+    loader.load_state_dict({**loader.state_dict(), "next_step": 4})
+    loader.enter(1, 4)
+    slots = by_index(slots_of(take(loader, 20)))
+    groups = [slots[start : start + 4] for start in range(0, len(slots), 4)]
+    videos = [group for group in groups if group[0].source == "vid"]
+    assert len(videos) > 15
+    assert all(len({slot.record for slot in group}) == 1 for group in videos)
+    assert all(sorted(slot.unit for slot in group) == [1, 2, 3, 4] for group in videos)
+    assert all(len({slot.pyramid_stage for slot in group}) == 1 for group in videos)
+    assert {group[0].pyramid_stage for group in videos} == {0, 1, 2}
+    assert all(len({slot.record for slot in group}) == 4 for group in groups if group[0].source == "img")
+    assert len({slot.seed for slot in slots}) == len(slots)
+
+
+def test_latents_are_the_prefix_that_ends_at_the_unit(cache_folder: str) -> None:
+    loader = make_loader(cache_folder)
+    loader.load_state_dict({**loader.state_dict(), "next_step": 4})
+    loader.enter(1, 4)
+    for batch in take(loader, 6):
+        for micro in batch.micro_batches:
+            check_content(micro)
+
+
+def check_content(micro: LatentBatch) -> None:
+    assert micro.global_num_slots == 8 and micro.weights == (1.0, 1.0)
+    for slot, latents, text in zip(micro.slots, micro.latents, micro.text, strict=True):
+        assert latents.shape == (4, slot.unit, 8, 8) and latents.dtype == torch.bfloat16
+        assert text.tokens.shape == (3 + slot.record % 2, 6)
+        expected = record_value(slot.source, slot.record) + torch.arange(slot.unit)
+        assert torch.equal(latents[0, :, 0, 0].float(), expected.bfloat16().float())
+
+
+def test_state_counts_samples_and_tokens_of_what_was_handed_out(cache_folder: str) -> None:
+    loader = make_loader(cache_folder, prefetch_steps=3)
+    loader.enter(0, 0)
+    slots = slots_of(take(loader, 3))
+    state = loader.state_dict()
+    assert state["samples_seen"] == {"img": 24} and state["next_step"] == 3
+    assert state["tokens_seen"] == {"img": sum(slot.num_full_tokens for slot in slots)} == {"img": 24 * 16}
+
+
+def test_micro_batches_of_a_step_have_about_equal_tokens(cache_folder: str) -> None:
+    loader = make_loader(cache_folder)
+    loader.load_state_dict({**loader.state_dict(), "next_step": 4})
+    loader.enter(1, 4)
+    for batch in take(loader, 10):
+        loads = [sum(slot.num_tokens for slot in micro.slots) for micro in batch.micro_batches]
+        heaviest = max(slot.num_tokens for micro in batch.micro_batches for slot in micro.slots)
+        assert max(loads) - min(loads) <= heaviest
+
+
+def test_held_out_slots_are_fixed_and_split_equally(cache_folder: str) -> None:
+    whole = [slot for micro in make_loader(cache_folder).held_out() for slot in micro.slots]
+    parts = [make_loader(cache_folder, rank, 2, seed=99).held_out() for rank in range(2)]
+    assert len(parts[0]) == len(parts[1])
+    halves = [slot for part in parts for micro in part for slot in micro.slots]
+    assert sorted(halves, key=lambda slot: slot.index) == whole
+    assert {slot.source for slot in whole} == {"unseen"}
+    assert {slot.pyramid_stage for slot in whole} == {0, 1, 2}
+    assert {slot.unit for slot in whole} == {1, 2, 3, 4}
+    assert {slot.record for slot in whole} == {0, 1, 2}
+
+
+def damage(folder: str, source: str, position: int) -> str:
+    cache = LatentCache.open(folder)
+    row = cache.rows(source)[position]
+    path = Path(folder) / "shards" / f"{row.shard}.tar"
+    data = bytearray(path.read_bytes())
+    data[row.offset_bytes + row.size_bytes // 2] ^= 1
+    path.write_bytes(bytes(data))
+    return f"{source}/{row.key}"
+
+
+def test_a_damaged_record_is_replaced_by_the_same_one_on_any_ranks(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    sound = make_loader(folder)
+    sound.enter(0, 0)
+    expected = by_index(slots_of(take(sound, 4)))
+    name = damage(folder, "img", 3)
+    alone = make_loader(folder)
+    alone.enter(0, 0)
+    found = by_index(slots_of(take(alone, 4)))
+    assert list(alone.bad_records) == [name] and "checksum" in alone.bad_records[name]
+    assert all(slot.record != 3 for slot in found)
+    changed = [(a, b) for a, b in zip(expected, found, strict=True) if a != b]
+    assert changed and all(a.record == 3 and a.seed == b.seed for a, b in changed)
+    assert alone.state_dict() == sound.state_dict()
+    split: list[Slot] = []
+    for rank in range(2):
+        loader = make_loader(folder, rank, 2)
+        loader.enter(0, 0)
+        split += slots_of(take(loader, 4))
+    assert by_index(split) == found
+
+
+def test_too_many_damaged_records_end_the_run(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    names = [damage(folder, "img", position) for position in (1, 2, 5)]
+    loader = make_loader(folder)
+    loader.enter(0, 0)
+    with pytest.raises(DataError, match="damaged") as caught:
+        take(loader, 10)
+    assert any(name in str(caught.value) for name in names)
+
+
+def test_fewer_records_than_a_step_needs_is_refused_before_a_read(cache_folder: str) -> None:
+    loader = make_loader(cache_folder, global_batch_slots=16)
+    with pytest.raises(DataError, match="'img' has 13 records .* may take 16"):
+        loader.enter(0, 0)
+    few_groups = make_loader(cache_folder, global_batch_slots=8, sync_group=1)
+    few_groups.load_state_dict({**few_groups.state_dict(), "next_step": 4})
+    with pytest.raises(DataError, match="'vid' has 7 records .* may take 8"):
+        few_groups.enter(1, 4)
+
+
+def test_a_state_of_another_order_is_refused(cache_folder: str) -> None:
+    state = make_loader(cache_folder).state_dict()
+    with pytest.raises(ConfigError, match="seed=5, the run has 6"):
+        make_loader(cache_folder, seed=6).load_state_dict(state)
+    with pytest.raises(ConfigError, match="step 3"):
+        make_loader(cache_folder).enter(0, 3)
+
+
+def test_a_bucket_that_the_pyramid_cannot_halve_is_refused(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), [MadeSource("img", "image", 9, 1, size_px=48), SOURCES[0], SOURCES[2]])
+    stage = CURRICULUM[0].model_copy(update={"buckets": (BucketSettings(height_px=48, width_px=48),)})
+    loader = make_loader(folder, curriculum=(stage,))
+    with pytest.raises(ConfigError, match="48x48"):
+        loader.enter(0, 0)
+
+
+def test_steps_of_an_old_stage_end_when_another_is_entered(cache_folder: str) -> None:
+    loader = make_loader(cache_folder)
+    loader.enter(0, 0)
+    steps = loader.steps()
+    next(steps)
+    loader.enter(0, 1)
+    with pytest.raises(RuntimeError, match="ended"):
+        next(steps)
+    assert loader.state_dict()["next_step"] == 1

@@ -1,0 +1,56 @@
+"""Mixture: shares follow the weights, draws depend on the step alone, slots are packed evenly."""
+
+from collections import Counter
+
+import pytest
+
+from data_pipeline.mixture import Cursor, Mixture, Walk, pack_slots
+from m4v_dist.batch import derive_seed
+
+WALKS = {"vid": Walk("vid@x", 11, True), "img": Walk("img@x", 17, False)}
+
+
+def make_mixture(weights: dict[str, float], seed: int = 1) -> Mixture:
+    return Mixture(seed, derive_seed, weights=weights, walks={n: WALKS[n] for n in weights}, num_groups=4, group_size=3)
+
+
+def test_shares_follow_the_weights() -> None:
+    mixture = make_mixture({"vid": 3.0, "img": 1.0})
+    cursors: dict[str, Cursor] = {}
+    counts: Counter[str] = Counter()
+    for step in range(500):
+        picks, cursors = mixture.plan(step, cursors)
+        counts.update(pick.source for pick in picks)
+    # 2000 groups, p = 0.75: four standard deviations are 0.039
+    assert counts["vid"] / counts.total() == pytest.approx(0.75, abs=0.039)
+
+
+def test_a_step_planned_alone_equals_the_step_in_a_row() -> None:
+    mixture = make_mixture({"vid": 3.0, "img": 1.0})
+    cursors: dict[str, Cursor] = {}
+    for step in range(9):
+        before = dict(cursors)
+        picks, cursors = mixture.plan(step, cursors)
+    assert make_mixture({"img": 1.0, "vid": 3.0}).plan(8, before) == (picks, cursors)
+
+
+def test_a_shared_walk_moves_once_a_group_and_another_once_a_slot() -> None:
+    _, cursors = make_mixture({"vid": 1.0}).plan(0, {})
+    assert cursors == {"vid@x": Cursor(0, 4)}
+    _, cursors = make_mixture({"img": 1.0}).plan(0, {"img@x": Cursor(0, 10)})
+    assert cursors == {"img@x": Cursor(1, 5)}
+
+
+def test_another_seed_gives_another_order() -> None:
+    rows = [[pick.row for pick in make_mixture({"img": 1.0}, seed).plan(0, {})[0]] for seed in (1, 2)]
+    assert rows[0] != rows[1]
+
+
+def test_packed_bins_are_full_even_and_hold_each_slot_once() -> None:
+    tokens = [960, 60, 60, 60, 240, 240, 900, 60, 60, 240, 960, 60]
+    bins = pack_slots(tokens, 4)
+    assert sorted(slot for members in bins for slot in members) == list(range(12))
+    assert {len(members) for members in bins} == {3}
+    loads = [sum(tokens[slot] for slot in members) for members in bins]
+    assert max(loads) - min(loads) < 960
+    assert max(loads) <= 1080
