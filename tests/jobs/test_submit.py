@@ -1,0 +1,164 @@
+"""Every verb also runs through `ray job submit`: a head of our own, a job that ends well and one that does not."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.test_cli import TOML
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 60
+JOB_TIMEOUT_S = 120
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head of its own: its dashboard's address and the environment of its clients."""
+
+    address: str
+    env: dict[str, str]
+
+    def job(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run `ray job ...` as a user would."""
+        command = [str(Path(sys.executable).parent / "ray"), "job", *arguments, "--address", self.address]
+        if "--" in arguments:  # options end there
+            cut = arguments.index("--")
+            command = [command[0], "job", arguments[0], "--address", self.address, *arguments[1:cut], *arguments[cut:]]
+        return subprocess.run(
+            command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=JOB_TIMEOUT_S, check=False
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """`ray start --head --block` as a child, on loopback, with a token; ended by SIGTERM to its pid alone."""
+    # Not pytest's tmp_path: Ray's sockets lie below it, and a socket's path may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="m4v", dir="/tmp") as folder:
+        token = Path(folder, "token")
+        token.touch(mode=0o600)
+        token.write_text("m4v-test-token-0123456789abcdef0123456789")
+        port = _free_port()
+        # A Ray that this session has already joined must not be taken for ours.
+        env = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAY_JOB_ID"}}
+        env |= {
+            "RAY_TMPDIR": folder,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "PYTHONUNBUFFERED": "1",
+            # A job's `python` is looked up where the head runs: this environment's must come first.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        }
+        command = [
+            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2",
+            "--node-ip-address=127.0.0.1", f"--port={_free_port()}", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={port}", f"--temp-dir={folder}/ray", "--object-store-memory=100000000",
+            # Ports with a fixed default: a second Ray on the machine must not clash with ours.
+            f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}",
+            "--disable-usage-stats", "--include-dashboard=true",
+        ]  # fmt: skip
+        with open(f"{folder}/head.log", "wb") as log:
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _wait_until_up(f"http://127.0.0.1:{port}", process, Path(folder, "head.log"))
+            yield Head(f"http://127.0.0.1:{port}", env)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=30)
+
+
+def _wait_until_up(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the head ended: {log.read_text()[-2000:]}"
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=2)
+            return
+        except urllib.error.HTTPError:
+            return  # it answers, if only to ask for the token
+        except OSError:
+            time.sleep(0.3)
+    raise AssertionError(f"no head after {START_TIMEOUT_S} s: {log.read_text()[-2000:]}")
+
+
+def _config(folder: Path) -> Path:
+    """A run with two packed clips, so that the verb has something to plan."""
+    from data_pipeline.pack import RawClip, write_shards
+
+    write_shards(
+        [RawClip(f"c{n}", "mp4", b"not decoded by a dry run", f"caption {n}") for n in range(2)],
+        str(folder / "a-%03d.tar"),
+        max_records=2,
+    )
+    path = folder / "run.toml"
+    text = TOML.format(folder=str(folder / "run"))
+    text = text.replace('"a.tar"', f'"{folder}/a-000.tar"').replace('cache = "c"', f'cache = "{folder}/cache"')
+    path.write_text(text)
+    return path
+
+
+def test_a_submitted_job_runs_and_its_status_and_logs_can_be_read(head: Head, tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    submitted = head.job(
+        "submit", "--submission-id", "plan", "--runtime-env", "cluster/runtime_env.yaml", "--working-dir", ".",
+        "--", "python", "-m", "jobs.precompute_latents", "--config", str(config), "--dry-run",
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    status = head.job("status", "plan")
+    assert "'plan' succeeded" in status.stdout
+    logs = head.job("logs", "plan").stdout
+    assert "precompute_latents: dry run" in logs and "clips" in logs
+
+
+def test_a_failed_job_gives_1_and_carries_code_and_reason(head: Head, tmp_path: Path) -> None:
+    """The command line of `ray job submit` has one exit code for all failures; ours stand in the job's message."""
+    config = _config(tmp_path)
+    submitted = head.job(
+        "submit", "--submission-id", "typo", "--runtime-env", "cluster/runtime_env.yaml", "--working-dir", ".",
+        "--", "python", "-m", "jobs.precompute_latents", "--config", str(config), "trainer.zero_stagee=2",
+    )  # fmt: skip
+    assert submitted.returncode == 1
+    listed = _job_info(head, "typo")
+    assert listed["status"] == "FAILED" and listed["driver_exit_code"] == 2
+    assert "did you mean trainer.zero_stage?" in listed["message"]
+    assert "did you mean trainer.zero_stage?" in head.job("logs", "typo").stdout
+
+
+def _job_info(head: Head, submission_id: str) -> dict[str, object]:
+    token = Path(head.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = urllib.request.Request(
+        f"{head.address}/api/jobs/{submission_id}", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        info: dict[str, object] = json.load(answer)
+    return info
+
+
+def test_what_is_shipped_stays_far_below_rays_limit() -> None:
+    """Ray refuses a working directory over 100 MiB; the tracked files are what a clone ships."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name and not name.startswith("tests/golden")]
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 20 * 2**20
