@@ -143,7 +143,9 @@ class ModelSettings(Settings):
     has_text_sandwich: bool = Field(default=True, description="Text before and after the frames, then summed.")
     has_registers: bool = Field(default=True, description="One learnable token in front of each frame.")
     num_zigzag_paths: Literal[1, 8] = Field(default=8, description="Scan paths that the blocks take in turn.")
-    has_temporal_branch: bool = Field(default=True, description="The light causal attention over frames.")
+    has_temporal_branch: bool = Field(
+        default=True, description="The light causal attention over frames beside an SSM; attention blocks have none."
+    )
     temporal_width: PositiveInt = Field(description="Width of the temporal branch.")
     temporal_heads: PositiveInt = Field(description="Heads of the temporal branch.")
     recompute: bool = Field(default=False, description="Compute each block's activations again in backward.")

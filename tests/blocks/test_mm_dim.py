@@ -38,6 +38,8 @@ def test_the_mixer_is_the_one_that_the_settings_name(mixer: str, kind: type, has
     block = UnifiedBlock(_settings(mixer=mixer), KERNELS, 0)
     assert isinstance(block.mixer, kind)
     assert (block.temporal_branch is not None) == has_branch
+    without = UnifiedBlock(_settings(mixer=mixer, has_temporal_branch=False), KERNELS, 0)
+    assert without.temporal_branch is None
 
 
 def test_parallel_is_the_sum_of_both_mixers() -> None:
