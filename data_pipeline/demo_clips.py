@@ -20,13 +20,16 @@ BROKEN_KEY = "broken_on_purpose"
 _CUT = 1 / 3
 """Where the broken file ends: the header stands and the frames do not, as after an upload that broke off."""
 
+MAX_SECONDS = 4.0
+"""A transcoded clip is cut here: the demo's cache takes two seconds, and H.264 is most of the packing time."""
+
 
 @dataclass(frozen=True)
 class DemoClip:
     """One entry of the list.
 
     Args:
-        stem: the record's key.
+        stem: name of the clip.
         file: path below site-packages, `package/folder/file`.
         split: train or held_out.
         caption: what is seen, written by hand.
@@ -43,6 +46,11 @@ class DemoClip:
     fps: float
     licence: str
 
+    @property
+    def key(self) -> str:
+        """The record's key: the stem without dots, at which WebDataset cuts."""
+        return self.stem.replace(".", "_")
+
 
 def read_clip_list(path: str) -> tuple[DemoClip, ...]:
     """Read the committed list.
@@ -56,10 +64,10 @@ def read_clip_list(path: str) -> tuple[DemoClip, ...]:
         clips = tuple(DemoClip(**{name: entry[name] for name in names}) for entry in entries)
     except KeyError as error:
         raise DataError(f"{path}: an entry lacks {error}; each needs {', '.join(names)}.") from error
-    stems = [clip.stem for clip in clips]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    keys = [clip.key for clip in clips]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
-        raise DataError(f"{path}: stems {twice} stand twice; a stem is a record's key.")
+        raise DataError(f"{path}: {twice} stand twice; a stem, its dots as underscores, is a record's key.")
     return clips
 
 
@@ -93,14 +101,14 @@ def _records_of(clip: DemoClip) -> tuple[RawClip, RawClip]:
     else:
         frames, fps = decode_animation(path.read_bytes(), clip.fps)
         frames = _even(frames)
-        media = encode_mp4(frames, fps)
+        media = encode_mp4(frames[: round(MAX_SECONDS * fps)], fps)
     if not 0 <= clip.still_frame < len(frames):
         raise DataError(f"{clip.stem}: still_frame={clip.still_frame}, but the clip has {len(frames)} frames.")
     metadata = {"licence": clip.licence, "file": clip.file}
     still = encode_png(frames[clip.still_frame])
     return (
-        RawClip(clip.stem, "mp4", media, clip.caption, metadata),
-        RawClip(f"{clip.stem}_still", "png", still, clip.caption, metadata),
+        RawClip(clip.key, "mp4", media, clip.caption, metadata),
+        RawClip(f"{clip.key}_still", "png", still, clip.caption, metadata),
     )
 
 

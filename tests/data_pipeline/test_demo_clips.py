@@ -81,6 +81,12 @@ def test_a_package_that_is_not_installed_is_named() -> None:
         package_file("no_such_package/a.webp")
 
 
+def test_a_dot_in_a_stem_does_not_reach_the_key(package: str) -> None:
+    clip = DemoClip("v1.5_a", package, "train", "noise", 0, 15.0, "MIT")
+    ((video, still),) = list(media_records([clip], num_threads=1))
+    assert (video.key, still.key) == ("v1_5_a", "v1_5_a_still")
+
+
 def test_a_stem_that_stands_twice_is_an_error(tmp_path: Path) -> None:
     entry = json.loads(Path(LIST).read_text())["clips"][0]
     path = tmp_path / "list.json"
