@@ -158,7 +158,7 @@ def run_workers(
 
     # Read by Ray Train's controller; its default of 2 s is most of a small run's restart.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    verdict = ray.remote(num_cpus=0)(Verdict).remote()
+    verdict: Any = ray.remote(num_cpus=0)(Verdict).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _run_one_rank,
         train_loop_config={"function": function, "config": dict(function_config), "verdict": verdict},
@@ -168,7 +168,8 @@ def run_workers(
             use_gpu=settings.use_gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {}),
         ),
-        run_config=RunConfig(
+        # Ray Train v2 stands behind the name that its stubs give v1's class.
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{name}-{time.time_ns()}",
             storage_path=storage_path if "://" in storage_path else os.path.abspath(storage_path),
             failure_config=FailureConfig(max_failures=settings.max_failures),
@@ -186,7 +187,7 @@ def run_workers(
     fatal = ray.get(verdict.fatal.remote())
     if fatal is not None:
         raise fatal
-    return result.return_value
+    return result.return_value  # type: ignore[attr-defined]
 
 
 def _environment(settings: LaunchSettings) -> dict[str, str]:

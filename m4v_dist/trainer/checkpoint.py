@@ -346,15 +346,15 @@ def _is_folder(path: str, name: str) -> bool:
     return os.path.isdir(storage.join(path, name))
 
 
-def to_ranges(kind: str, owned: Sequence[tuple[str, int, int, Tensor]], shapes: Mapping[str, Any]) -> dict[str, Ranges]:
+def to_ranges(kind: str, owned: Sequence[tuple[str, int, Tensor]], shapes: Mapping[str, Any]) -> dict[str, Ranges]:
     """Key what a rank owns by `<kind>/<parameter>`; parameters that it owns nothing of have no parts.
 
     Args:
         kind: weights, ema, exp_avg or exp_avg_sq.
-        owned: (parameter, first element, elements of the whole parameter, 1-d values).
+        owned: (parameter, first element, 1-d values).
         shapes: of all parameters to be named, in model order.
     """
     parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in shapes}
-    for name, start, _, values in owned:
+    for name, start, values in owned:
         parts[name].append((start, values.detach()))
     return {f"{kind}/{name}": Ranges(torch.Size(shapes[name]).numel(), tuple(found)) for name, found in parts.items()}

@@ -28,7 +28,7 @@ class Ema:
     def __init__(self, slices: Sequence[Slice], decay: float) -> None:
         self.decay = decay
         self.num_updates = 0
-        self.ranges = [(item.name, item.start, item.num_elements) for item in slices]
+        self.ranges = [(item.name, item.start) for item in slices]
         self.averages: list[Tensor] = [item.weight.detach().clone() for item in slices]
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """The loop: next batch, objective, backward, guard, step, EMA, log, save.
 
 It is given model, objective and loader, and imports none of them. One step is: this rank's micro-batches through the
-objective, one reduction of gradients, one sum over ranks of all numbers (loss, loss per pyramid stage, tokens, samples,
-a wish to stop), then, only if that sum is finite, the optimizer. So every rank decides the same from the same bits.
+objective, one reduction of gradients, one sum over ranks of all numbers (loss, loss per pyramid stage, tokens,
+samples), then, only if that loss is finite, the optimizer. So every rank decides the same from the same bits.
 
 A resume, a restart after a lost worker and the boundary of a curriculum stage are one path: build model and engine,
 load the newest committed checkpoint, go on at its step.
@@ -10,61 +10,30 @@ load the newest committed checkpoint, go on at its step.
 
 import logging
 import math
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from m4v_dist import storage
-from m4v_dist.batch import LatentBatch
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import DataError, PreemptedError
+from m4v_dist.errors import PreemptedError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.attempt import begin_attempt
 from m4v_dist.trainer.curriculum import Phase, phase_at
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.guards import Clock, SkippedSteps
-from m4v_dist.trainer.metrics import Ledger, Metrics, lost_since, read_rows
+from m4v_dist.trainer.metrics import Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
+from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
+from m4v_dist.trainer.seams import Loader, Objective, StepBatch
 from m4v_dist.trainer.tally import Tally
 
 logger = logging.getLogger(__name__)
-
-
-class ObjectiveOutput(Protocol):
-    """What the objective returns: the share of the global loss, and each slot's loss (detached)."""
-
-    @property
-    def loss(self) -> Tensor: ...
-    @property
-    def slot_losses(self) -> Tensor: ...
-
-
-class StepBatch(Protocol):
-    """What the loader yields: this rank's micro-batches of one global step."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def micro_batches(self) -> tuple[LatentBatch, ...]: ...
-
-
-class Loader(Protocol):
-    """The loader's seam; `state_dict` is the state after the last yielded step, the same on all ranks."""
-
-    def enter(self, curriculum_stage_index: int, step: int) -> None: ...
-    def steps(self) -> Iterator[StepBatch]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def held_out(self) -> tuple[LatentBatch, ...]: ...
-
-
-Objective = Callable[[nn.Module, LatentBatch], ObjectiveOutput]
 
 
 @dataclass(frozen=True)
@@ -127,7 +96,8 @@ class Trainer:
             NonFiniteError: too many steps in a row were not finite.
             DataError: the newest checkpoint does not fit this model.
         """
-        self._begin_attempt()
+        self.saved, self.ledger, self.metrics = begin_attempt(self.config, self.mesh)
+        self.step = 0 if self.saved is None else checkpoint.step_of(self.saved)
         held_out: float | None = None
         while (phase := phase_at(self.config.curriculum, self.step)) is not None:
             self._enter(phase)
@@ -136,6 +106,7 @@ class Trainer:
             self._train_phase(phase)
             if phase.stop == self.config.total_steps:
                 held_out = self._validate()
+            self.loader.close()
             self.engine.close()
         self._end_attempt()
         assert self.saved is not None, "the curriculum has at least one step, and its end is saved"
@@ -180,12 +151,12 @@ class Trainer:
         assert batch.step == self.step, f"the loader yields step {batch.step}, the trainer is at {self.step}"
         data_s = self.clock.lap()
         rate = learning_rate(phase.settings, self.step - phase.start)
-        tally = Tally(self.config.objective.num_pyramid_stages, self.sources)
+        tally = Tally(self.sources)
         with self.engine.accumulate():
             for micro_batch in batch.micro_batches:
                 output = self.objective(self.engine.model, micro_batch)
                 self.engine.backward(output.loss)
-                tally.add(output.loss, output.slot_losses, micro_batch)
+                tally.add(output.loss, output.metrics, micro_batch)
         sums = tally.summed(self.mesh)
         # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
         norm = self.engine.step(rate) if math.isfinite(sums.loss) else None
@@ -211,7 +182,7 @@ class Trainer:
                 "timing/data_s": data_s,
                 "perf/tokens_per_sec_per_gpu": sums.tokens / (step_s + data_s) / self.mesh.world_size,
             }
-            row |= {f"train/loss_pyramid_stage_{stage}": loss for stage, loss in sums.stage_losses.items()}
+            row |= {f"train/{name}": value for name, value in sums.means.items()}
             row |= {f"data/{name}/samples_seen": self.seen[f"samples/{name}"] for name in self.sources}
             row |= {f"data/{name}/tokens_seen": self.seen[f"tokens/{name}"] for name in self.sources}
             self._write("train", self.step, row)
@@ -224,37 +195,21 @@ class Trainer:
             return None
         self.clock.lap()
         self.engine.train(False)
-        tally = Tally(self.config.objective.num_pyramid_stages, ())
+        tally = Tally(())
         for micro_batch in self.loader.held_out():
             output = self.objective(self.engine.model, micro_batch)
-            tally.add(output.loss, output.slot_losses, micro_batch)
+            tally.add(output.loss, output.metrics, micro_batch)
         self.engine.train(True)
         sums = tally.summed(self.mesh)
         elapsed = self.clock.lap()
         self.ledger.validation_s += elapsed
         row = {"validation/held_out_loss": sums.loss, "timing/validation_s": elapsed}
-        row |= {f"validation/held_out_loss_pyramid_stage_{stage}": loss for stage, loss in sums.stage_losses.items()}
+        row |= {f"validation/held_out_{name}": value for name, value in sums.means.items()}
         self._write("held_out", self.step, row)
         self._log("held-out loss at step %d: %.6f", self.step, sums.loss)
         return sums.loss
 
     # ---- state
-
-    def _tensors(self, *, to_load: bool) -> dict[str, checkpoint.Ranges]:
-        engine, shapes = self.engine, self.engine.shapes
-        slices = engine.slices_to_load() if to_load else engine.slices()
-        moved = {name for group in engine.groups for name in group.parameter_names}
-        moving = {name: shape for name, shape in shapes.items() if name in moved}
-        weights = [(item.name, item.start, item.num_elements, item.weight) for item in slices]
-        average = [(*place, values) for place, values in zip(self.ema.ranges, self.ema.averages, strict=True)]
-        first = [(s.name, s.start, s.num_elements, s.exp_avg) for s in slices if s.exp_avg is not None]
-        second = [(s.name, s.start, s.num_elements, s.exp_avg_sq) for s in slices if s.exp_avg_sq is not None]
-        return {
-            **checkpoint.to_ranges("weights", weights, shapes),
-            **checkpoint.to_ranges("ema", average, shapes),
-            **checkpoint.to_ranges("exp_avg", first, moving),
-            **checkpoint.to_ranges("exp_avg_sq", second, moving),
-        }
 
     def _save(self, phase: Phase) -> None:
         self.clock.lap()
@@ -270,7 +225,7 @@ class Trainer:
         self.saved = checkpoint.save(
             self.checkpoints,
             self.step,
-            tensors=self._tensors(to_load=False),
+            tensors=checkpoint_tensors(self.engine, self.ema, to_load=False),
             state=state,
             config=self.config,
             mesh=self.mesh,
@@ -286,16 +241,7 @@ class Trainer:
 
     def _load(self, path: str) -> None:
         state = checkpoint.read_state(path)
-        tensors = self._tensors(to_load=True)
-        # Moments of a parameter that was frozen at the save are not stored: its AdamW begins anew, with its counter.
-        stored = {kind: set(checkpoint.stored_names(path, kind)) for kind in ("exp_avg", "exp_avg_sq")}
-        tensors = {
-            key: ranges
-            for key, ranges in tensors.items()
-            if key.split("/", 1)[0] not in stored or key.split("/", 1)[1] in stored[key.split("/", 1)[0]]
-        }
-        checkpoint.load(path, tensors)
-        self.engine.publish()
+        load_tensors(path, self.engine, self.ema)
         self.engine.set_optimizer_steps(state["optimizer_steps"])
         self.ema.num_updates = state["ema_updates"]
         self.loader.load_state_dict(state["loader"])
@@ -303,38 +249,6 @@ class Trainer:
         self.skipped.total = state["skipped_steps"]
         # Last, after all that could have drawn from it.
         checkpoint.restore_random_state(path, self.mesh)
-
-    # ---- attempts
-
-    def _begin_attempt(self) -> None:
-        """Number this attempt, say which process is which rank, and find where to go on (collective)."""
-        attempts = storage.join(self.folder, "attempts")
-        names = [name for name in storage.list_folder(attempts) if name.startswith("attempt_")]
-        attempt = self.mesh.from_main(len(names) + 1)
-        pids = dict(enumerate(self.mesh.gather(os.getpid())))
-        self.saved = self.mesh.from_main(checkpoint.newest_committed(self.checkpoints) if self.mesh.is_main else None)
-        self.step = 0 if self.saved is None else checkpoint.step_of(self.saved)
-        if self.step > self.config.total_steps:
-            raise DataError(
-                f"{self.saved} is past the curriculum's {self.config.total_steps} steps; lengthen a stage, or give "
-                "another run.folder."
-            )
-        if not self.mesh.is_main:
-            return
-        value = {"attempt": attempt, "pids": pids, "started": time.time()}
-        storage.write_json(storage.join(attempts, f"attempt_{attempt:04d}.json"), value)
-        rows = read_rows(self.folder)
-        ledger = storage.join(self.folder, "ledger.json")
-        self.ledger = Ledger.from_json(storage.read_json(ledger)) if storage.exists(ledger) else Ledger()
-        self.metrics = Metrics(self.folder, attempt, self.config.logging, self.config)
-        if attempt == 1:
-            return
-        lost_s, lost_steps, last = lost_since(rows, self.step)
-        restart_s = max(0.0, time.time() - last) if last is not None else 0.0
-        self.ledger.lost_s += lost_s
-        self.ledger.restart_s += restart_s
-        row = {"resumed_from": self.saved, "timing/restart_s": restart_s, "lost_steps": lost_steps, "lost_s": lost_s}
-        self._write("restart", self.step, row)
 
     def _end_attempt(self) -> None:
         self._write("ledger", self.step, self.ledger.to_json())

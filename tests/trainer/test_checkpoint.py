@@ -32,7 +32,7 @@ def _share(values: Tensor, rank: int, world_size: int) -> tuple[int, Tensor]:
 
 def _ranges(kind: str, tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Ranges]:
     owned = [(name, *_share(values, mesh.rank, mesh.world_size)) for name, values in tensors.items()]
-    parts = [(name, start, 0, values) for name, start, values in owned if len(values)]
+    parts = [(name, start, values) for name, start, values in owned if len(values)]
     return checkpoint.to_ranges(kind, parts, SHAPES)
 
 

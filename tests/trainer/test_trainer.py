@@ -144,7 +144,7 @@ def _more_jobs(folder: str) -> dict[str, Any]:
     def nan_on_one_rank(model: Any, batch: Any) -> ToyOutput:
         output = toy_objective(model, batch)
         is_bad = mesh.rank == 1 and batch.slots[0].step in (2, 3)
-        return ToyOutput(output.loss * (torch.nan if is_bad else 1.0), output.slot_losses, {})
+        return ToyOutput(output.loss * (torch.nan if is_bad else 1.0), output.metrics)
 
     _trainer(f"{folder}/skips", objective=nan_on_one_rank).run()
     try:

@@ -39,8 +39,7 @@ class ToyModel(nn.Module):
 @dataclass(frozen=True)
 class ToyOutput:
     loss: Tensor
-    slot_losses: Tensor
-    metrics: dict[str, float]
+    metrics: dict[str, Tensor]
 
 
 def toy_objective(model: nn.Module, batch: LatentBatch) -> ToyOutput:
@@ -51,7 +50,12 @@ def toy_objective(model: nn.Module, batch: LatentBatch) -> ToyOutput:
         losses.append((model((latents + noise)[None], slot.unit)[0] - latents).pow(2).mean())
     slot_losses = torch.stack(losses)
     loss = (slot_losses * torch.tensor(batch.weights)).sum() / batch.global_num_slots
-    return ToyOutput(loss, slot_losses.detach(), {})
+    stages = torch.tensor([slot.pyramid_stage for slot in batch.slots])
+    metrics = {
+        f"loss_pyramid_stage_{k}": torch.stack([slot_losses.detach()[stages == k].sum(), (stages == k).sum()])
+        for k in range(3)
+    }
+    return ToyOutput(loss, metrics)
 
 
 def toy_slot(step: int, index: int) -> tuple[Slot, Tensor]:
@@ -103,6 +107,9 @@ class ToyLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.cursor = state["cursor"]
+
+    def close(self) -> None:
+        pass
 
     def held_out(self) -> tuple[LatentBatch, ...]:
         share = self.num_slots // self.world_size

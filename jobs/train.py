@@ -1,0 +1,208 @@
+"""`python -m jobs.train --config run.toml`: train the whole curriculum from the latent cache.
+
+The composition root of training: what each worker builds, and what is checked before any worker starts. Submitting the
+same command on a run folder that is not empty goes on from its newest committed checkpoint; after the end it says so.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from data_pipeline.latent_cache import LatentCache
+from data_pipeline.loader import LatentLoader
+from jobs import cli
+from m4v_dist import storage
+from m4v_dist.config.load import config_from_json, config_to_json
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.errors import ConfigError
+from m4v_dist.frozen.text_encoder import build_text_encoder
+from m4v_dist.frozen.video_vae import build_codec
+from m4v_dist.launch.ray_workers import run_workers, start_ray
+from m4v_dist.model.build import build_model, build_on_meta
+from m4v_dist.objective.flow_matching import PyramidFlowMatching
+from m4v_dist.objective.history import choose_unit, num_segment_tokens
+from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.curriculum import phases
+from m4v_dist.trainer.deepspeed_engine import model_state_bytes
+from m4v_dist.trainer.optimizer import is_frozen
+from m4v_dist.trainer.resume import require_same_run
+from m4v_dist.trainer.trainer import Trainer
+
+LOG = logging.getLogger(__name__)
+
+_PLANNED_STEPS = 4
+"""Steps of each stage that a dry run plans, to count tokens."""
+
+
+def train(config: RunConfig, dry_run: bool) -> str:
+    """Check what can be known, then train on Ray workers.
+
+    Raises:
+        ConfigError: the run folder cannot be used, or belongs to a run with other settings.
+        DataError: the cache is missing, of another codec, or too small for a stage; or a checkpoint is damaged.
+        RetriesExhaustedError: workers failed too often.
+        PreemptedError: asked to stop, and saved.
+    """
+    config = with_absolute_paths(config)
+    step = check_run_folder(config)
+    loader = check_data(config)
+    if dry_run:
+        LOG.info("plan\n%s", plan_table(config, loader, step))
+        return "dry run: the plan above can be done; nothing was written"
+    loader.close()
+    if step == config.total_steps:
+        return f"nothing to do: {config.run.folder} is trained to its last step {step}"
+    start_ray(config.launch)
+    notes = storage.join(config.run.folder, "attempts", "ray")
+    result = run_workers(train_on_rank, {"config": config_to_json(config)}, config.launch, config.run.name, notes)
+    loss = result["held_out_loss"]
+    held_out = "" if loss is None else f", held-out loss {loss:.4f}"
+    return f"{result['step']} steps done{held_out}; {result['checkpoint']}"
+
+
+def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Any]:
+    """What one worker does: build cache, loader, model, objective and trainer, and run."""
+    config = config_from_json(task["config"])
+    torch.set_num_threads(config.trainer.num_threads)
+    mesh = Mesh.of_process_group(use_gpu=config.launch.use_gpu)
+    cache = LatentCache.open(config.precompute.cache)
+    trainer = Trainer(
+        config,
+        mesh,
+        build_model=lambda: build_model(config.model, config.kernels, seed=config.run.seed),
+        objective=PyramidFlowMatching(config.objective, cache.normalization.normalize, mesh.device),
+        loader=build_loader(config, cache, mesh.rank, mesh.world_size),
+        should_stop=should_stop,
+    )
+    return asdict(trainer.run())
+
+
+def build_loader(config: RunConfig, cache: LatentCache, rank: int, world_size: int) -> LatentLoader:
+    """The loader of one rank."""
+    return LatentLoader(
+        cache,
+        sources=config.sources,
+        curriculum=config.curriculum,
+        seed=config.run.seed,
+        global_batch_slots=config.trainer.global_batch_slots,
+        sync_group=config.trainer.sync_group,
+        objective=config.objective,
+        rank=rank,
+        world_size=world_size,
+        choose_unit=choose_unit,
+        num_segment_tokens=num_segment_tokens,
+        patch_size=config.model.patch_size,
+        prefetch_steps=config.trainer.prefetch_steps,
+        held_out_slots=config.trainer.held_out_slots,
+        max_bad_fraction=config.precompute.max_bad_fraction,
+    )
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Local folders as seen from here: workers stand in another working directory."""
+
+    def absolute(path: str) -> str:
+        return path if storage.is_remote(path) else os.path.abspath(path)
+
+    run = config.run.model_copy(update={"folder": absolute(config.run.folder)})
+    precompute = config.precompute.model_copy(update={"cache": absolute(config.precompute.cache)})
+    return config.model_copy(update={"run": run, "precompute": precompute})
+
+
+def check_run_folder(config: RunConfig) -> int:
+    """Find the step that the run folder stands at, and check that this config may go on from there.
+
+    Raises:
+        ConfigError: a remote folder, or another run's.
+        DataError: its newest checkpoint is damaged.
+    """
+    folder = config.run.folder
+    if storage.is_remote(folder):
+        raise ConfigError(
+            f"run.folder={folder}: training writes to local or mounted folders so far; the cache may be on s3://."
+        )
+    newest = checkpoint.newest_committed(storage.join(folder, "checkpoints"))
+    if newest is None:
+        return 0
+    checkpoint.check(newest)
+    stage = checkpoint.read_state(newest)["curriculum_stage"]
+    before = storage.read_json(storage.join(newest, "config.json"))
+    require_same_run(before, config.model_dump(mode="json"), stage_index=stage["index"], where=newest)
+    step = checkpoint.step_of(newest)
+    starts = [phase.start for phase in phases(config.curriculum)]
+    if step > config.total_steps or starts[stage["index"]] != stage["start"]:
+        raise ConfigError(
+            f"{newest} is at step {step} of stage {stage['name']!r}, but the curriculum now ends at step "
+            f"{config.total_steps}; give the stages at least the steps that were done."
+        )
+    LOG.info("going on from %s", newest)
+    return step
+
+
+def check_data(config: RunConfig) -> LatentLoader:
+    """Open the cache with this run's fingerprint, and try every stage's buckets and the held-out slots.
+
+    Raises:
+        DataError: see `LatentCache.open` and `LatentLoader.enter`.
+    """
+    codec = build_codec(config.codec)
+    fingerprint = codec.fingerprint() | build_text_encoder(config.text_encoder).fingerprint()
+    cache = LatentCache.open(config.precompute.cache, fingerprint)
+    if codec.latent_channels != config.model.latent_channels:
+        raise ConfigError(
+            f"model.latent_channels={config.model.latent_channels}, but codec {codec.name} makes "
+            f"{codec.latent_channels}; set model.latent_channels={codec.latent_channels}."
+        )
+    null = cache.null_text
+    if (null.tokens.shape[-1], null.pooled.shape[-1]) != (config.model.text_width, config.model.pooled_width):
+        raise ConfigError(
+            f"model.text_width={config.model.text_width}, model.pooled_width={config.model.pooled_width}, but the "
+            f"cache's text is {null.tokens.shape[-1]} and {null.pooled.shape[-1]} wide; set them to that."
+        )
+    loader = build_loader(config, cache, 0, config.launch.num_workers)
+    for index in range(len(config.curriculum)):
+        loader.enter(index, 0)
+    loader.held_out()
+    build_on_meta(config.model, config.kernels)
+    return loader
+
+
+def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
+    """Steps, slots, tokens, parameters and memory of each stage, as text."""
+    workers, slots = config.launch.num_workers, config.trainer.global_batch_slots
+    named = [(name, p.numel()) for name, p in build_on_meta(config.model, config.kernels).named_parameters()]
+    total = sum(size for _, size in named)
+    lines = [
+        f"{'stage':<16}{'steps':>14}{'slots':>7}{'micro-batches':>15}{'latents':>9}{'tokens/step':>13}{'training':>14}"
+    ]
+    for phase in phases(config.curriculum):
+        settings = phase.settings
+        loader.enter(phase.index, 0)
+        batches = [batch for batch, _ in zip(loader.steps(), range(_PLANNED_STEPS), strict=False)]
+        tokens = sum(slot.num_tokens for b in batches for micro in b.micro_batches for slot in micro.slots)
+        loader.load_state_dict({**loader.state_dict(), "next_step": 0, "cursors": {}})
+        training = sum(size for name, size in named if not is_frozen(name, settings.freeze))
+        span = f"{phase.start}..{phase.stop}"
+        micro = f"{workers} x {slots // workers // settings.micro_batch_slots}"
+        lines.append(
+            f"{settings.name:<16}{span:>14}{slots:>7}{micro:>15}{settings.num_latents:>9}"
+            f"{round(tokens * workers / len(batches)):>13,}{training:>14,}"
+        )
+    loader.close()
+    states = model_state_bytes(total, config.trainer.zero_stage, workers) / 2**30
+    lines.append(
+        f"{total:,} parameters; weights, gradients, moments and average take {states:.2f} GiB a rank (ZeRO "
+        f"{config.trainer.zero_stage}, {workers} ranks); tokens are estimated from rank 0's first {_PLANNED_STEPS} steps"
+    )
+    lines.append(f"starts at step {step} of {config.total_steps}; folder {config.run.folder}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main("train", train, "Train the curriculum of a run on Ray workers."))

@@ -1,0 +1,63 @@
+"""What the trainer asks of the parts that it is given: objective and loader (it imports neither)."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from m4v_dist.batch import LatentBatch
+
+
+class ObjectiveOutput(Protocol):
+    """What the objective returns for a micro-batch."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Scalar with gradient: sum over slots of weight * loss, divided by the slots of the global batch."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, Tensor]:
+        """Name to [2]: sum and count over slots, so that ranks and micro-batches add up; always the same names."""
+        ...
+
+
+Objective = Callable[[nn.Module, LatentBatch], ObjectiveOutput]
+
+
+class StepBatch(Protocol):
+    """This rank's micro-batches of one global step."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def micro_batches(self) -> tuple[LatentBatch, ...]: ...
+
+
+class Loader(Protocol):
+    """One rank's loader."""
+
+    def enter(self, curriculum_stage_index: int, step: int) -> None:
+        """Go to a curriculum stage, to hand out `step` next."""
+        ...
+
+    def steps(self) -> Iterator[StepBatch]:
+        """Steps of the stage, without end."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON after the last step handed out, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state of any world size."""
+        ...
+
+    def held_out(self) -> tuple[LatentBatch, ...]:
+        """Fixed micro-batches, as many on each rank."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        ...
