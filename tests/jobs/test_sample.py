@@ -1,0 +1,129 @@
+"""Sampling from a run folder: the averaged weights of a committed checkpoint, and no other."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.sample import choose_checkpoint, sample
+from m4v_dist import storage
+from m4v_dist.config.load import parse_config
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.errors import ConfigError, DataError
+from m4v_dist.frozen.video_file import read_video
+from m4v_dist.model.build import build_model
+from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.trainer import checkpoint
+from tests.trainer.ranks import run_ranks
+
+BUCKET = {"height_px": 64, "width_px": 64}
+
+
+def _config(folder: str, **sampling: object) -> RunConfig:
+    values = {
+        "run": {"name": "t", "folder": folder},
+        "sources": [{"name": "clips", "shards": "a.tar", "media": "video", "licence": "MIT"}],
+        "precompute": {"cache": "c", "num_frames": 17, "buckets": [BUCKET]},
+        "model": {"preset": "tiny", "num_double_blocks": 1, "num_single_blocks": 1},
+        "curriculum": [
+            {"name": "v", "num_steps": 5, "num_latents": 2, "weights": {"clips": 1.0}, "buckets": [BUCKET]},
+        ],
+        "sampling": {
+            "prompts": ["a fox", "a plane"],
+            "num_latents": 2,
+            **BUCKET,
+            "fps": 8.0,
+            "first_unit_steps": [2, 1, 1],
+            "later_unit_steps": [1, 1, 1],
+            **sampling,
+        },
+    }
+    return parse_config(values, where="test")
+
+
+def _save_job(folder: str) -> str:
+    """Save a checkpoint whose plain weights are unusable: a sampler that takes them instead of the average fails."""
+    config = _config(folder)
+    average = build_model(config.model, config.kernels, seed=1).state_dict()
+    shapes = {name: list(tensor.shape) for name, tensor in average.items()}
+    ranges = [(name, 0, tensor.reshape(-1)) for name, tensor in average.items()]
+    broken = [(name, 0, torch.full_like(tensor, torch.nan)) for name, _, tensor in ranges]
+    tensors = checkpoint.to_ranges("ema", ranges, shapes) | checkpoint.to_ranges("weights", broken, shapes)
+    mesh = Mesh.of_process_group(use_gpu=False)
+    folder = storage.join(folder, "checkpoints")
+    return checkpoint.save(folder, 5, tensors=tensors, state={"shapes": shapes}, config=config, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("saved"))
+    run_ranks(_save_job, 1, folder)
+    return folder
+
+
+@pytest.fixture
+def run(saved: str, tmp_path: Path) -> str:
+    return str(shutil.copytree(saved, tmp_path / "run"))
+
+
+def test_each_prompt_becomes_a_video_of_the_asked_size(run: str) -> None:
+    config = _config(run)
+    assert "2 videos from step_00000005" in sample(config, False)
+    entries = storage.read_json(f"{run}/samples/samples.json")
+    assert [entry["prompt"] for entry in entries] == ["a fox", "a plane"]
+    for entry in entries:
+        frames, fps = read_video(f"{run}/samples/{entry['file']}")
+        assert frames.shape == (9, 64, 64, 3) and fps == 8.0
+    assert storage.read_bytes(f"{run}/samples/00.mp4") != storage.read_bytes(f"{run}/samples/01.mp4")
+
+
+def test_a_prompt_s_video_depends_on_its_own_seed_alone(run: str) -> None:
+    sample(_config(run), False)
+    first = storage.read_bytes(f"{run}/samples/01.mp4")
+    sample(_config(run, prompts=["a plane"]), False)
+    assert storage.read_bytes(f"{run}/samples/00.mp4") == first
+    sample(_config(run, prompts=["a plane"], seed=1), False)
+    assert storage.read_bytes(f"{run}/samples/00.mp4") != first
+
+
+def test_an_uncommitted_folder_is_passed_over_with_its_name(run: str, caplog: pytest.LogCaptureFixture) -> None:
+    Path(run, "checkpoints", "step_00000009").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert choose_checkpoint(_config(run)).endswith("step_00000005")
+    assert "step_00000009" in caplog.text
+
+
+def test_an_uncommitted_folder_asked_for_by_name_is_exit_3(run: str) -> None:
+    Path(run, "checkpoints", "step_00000009").mkdir()
+    with pytest.raises(DataError, match="never finished.*step_00000005"):
+        choose_checkpoint(_config(run, checkpoint="step_00000009"))
+
+
+def test_no_checkpoint_is_exit_3_and_lists_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
+    with pytest.raises(DataError, match="no committed checkpoint .*step_00000003"):
+        sample(_config(str(tmp_path)), False)
+
+
+def test_a_checkpoint_of_another_model_is_exit_3(run: str) -> None:
+    values = _config(run).model_dump(mode="json")
+    values["model"]["num_single_blocks"] = 2
+    with pytest.raises(DataError, match="differ in name or shape"):
+        sample(parse_config(values, where="test"), False)
+
+
+def test_a_size_that_the_pyramid_cannot_make_is_exit_2(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="multiples of 64"):
+        sample(_config(str(tmp_path), height_px=96), False)
+
+
+def test_no_prompts_is_exit_2(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="prompts"):
+        sample(_config(str(tmp_path), prompts=[]), False)
+
+
+def test_a_dry_run_needs_no_checkpoint_and_writes_nothing(tmp_path: Path) -> None:
+    assert "2 videos" in sample(_config(str(tmp_path)), True)
+    assert not list(tmp_path.iterdir())
