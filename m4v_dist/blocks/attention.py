@@ -1,6 +1,7 @@
 """Joint attention of text and video: QK-norm, rotary positions, temporal causality; no column sees another.
 
-Query and key meet only if the key's time is at most the query's; text has time 0, as frame 0. Tokens stand in the
+Query and key meet only if the key's time is at most the query's; text has time 0, as frame 0 (without the temporal mask
+all of a column meet). Tokens stand in the
 order of time, so the keys of each time are a prefix of the column: one unmasked SDPA per time, with no mask in
 memory and no wasted product. `dense_joint_attention` is the slow twin with the mask written out.
 
@@ -127,7 +128,8 @@ def _token_ids(layout: PackedLayout) -> list[tuple[Tensor, Tensor]]:
     number = torch.arange(len(layout.columns))
     text = number.repeat_interleave(torch.tensor(layout.text_lengths))
     video = number.repeat_interleave(torch.tensor(layout.video_lengths))
-    return [(text, torch.zeros(layout.num_text)), (video, layout.positions[:, 0].cpu())]
+    is_masked = torch.tensor([column.has_temporal_mask for column in layout.columns])
+    return [(text, torch.zeros(layout.num_text)), (video, layout.positions[:, 0].cpu() * is_masked[video])]
 
 
 class AttentionMixer(nn.Module):

@@ -36,11 +36,19 @@ class FrameShape:
 
 @dataclass(frozen=True)
 class ColumnShape:
-    """One segment: its text tokens, its frames old to new, and how many of the newest are noisy."""
+    """One segment.
+
+    Args:
+        num_text: text tokens.
+        frames: old to new.
+        num_noisy: how many of the newest frames are noisy.
+        has_temporal_mask: whether attention reads no later frame; False lets all tokens of the column meet.
+    """
 
     num_text: int
     frames: tuple[FrameShape, ...]
     num_noisy: int = 1
+    has_temporal_mask: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_noisy <= len(self.frames):
@@ -67,7 +75,7 @@ class ColumnSpan:
         text: first text token and the one past the last.
         video: the same for video tokens.
         frames: first video token of each frame.
-        times: the video token past the last one of each run of frames of equal time.
+        times: the video token past the last one of each run of frames that attention lets meet.
     """
 
     text: tuple[int, int]
@@ -99,7 +107,9 @@ class PackedLayout:
     def table(self, key: Hashable, build: Callable[["PackedLayout"], T]) -> T:
         """Return what `build(self)` gives, made once for `key`."""
         if key not in self._tables:
-            self._tables[key] = build(self)
+            # A table first asked for by a sampler must not be an inference tensor: training may ask for it next.
+            with torch.inference_mode(False):
+                self._tables[key] = build(self)
         return self._tables[key]  # type: ignore[return-value]
 
 
@@ -111,7 +121,8 @@ def packed_layout(columns: tuple[ColumnShape, ...], device: torch.device) -> Pac
         columns: shapes of the columns.
         device: where the tables live.
     """
-    return PackedLayout(columns, device)
+    with torch.inference_mode(False):  # as in `table`
+        return PackedLayout(columns, device)
 
 
 def _spans(columns: tuple[ColumnShape, ...]) -> tuple[ColumnSpan, ...]:
@@ -123,7 +134,7 @@ def _spans(columns: tuple[ColumnShape, ...]) -> tuple[ColumnSpan, ...]:
             starts.append(at)
             at += frame.num_tokens
             following = column.frames[number + 1 : number + 2]
-            if not following or following[0].time != frame.time:
+            if not following or (column.has_temporal_mask and following[0].time != frame.time):
                 times.append(at)
         spans.append(ColumnSpan((text, text + column.num_text), (video, at), tuple(starts), tuple(times)))
         text, video = text + column.num_text, at

@@ -138,6 +138,9 @@ class ModelSettings(Settings):
     latent_channels: PositiveInt = Field(default=16, description="Channels of the codec's latents.")
     patch_size: PositiveInt = Field(default=2, description="Side of a square patch, in latents.")
     rope_axes: tuple[int, int, int] = Field(default=(16, 24, 24), description="Rotary width of t, h, w in a head.")
+    has_temporal_mask: bool = Field(
+        default=True, description="Attention reads no later frame; false is PyramidFlow's full-sequence training."
+    )
     mixer: Literal["attention", "ssm", "parallel"] = Field(default="ssm", description="Mixer of a unified block.")
     ssm: SsmSettings = Field(default=SsmSettings(), description="The SSM mixer.")
     has_text_sandwich: bool = Field(default=True, description="Text before and after the frames, then summed.")

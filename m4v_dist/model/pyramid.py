@@ -66,7 +66,7 @@ class PyramidModel(nn.Module):
         """
         columns, device = model_input.columns, self.video_in.weight.device
         patch = self.settings.patch_size
-        layout = packed_layout(tuple(column_shape(column, patch) for column in columns), device)
+        layout = packed_layout(tuple(column_shape(column, self.settings) for column in columns), device)
         conditioning = self._condition(columns, device)
         text = self.text_in(torch.cat([column.text.tokens.to(device, torch.float32) for column in columns])).float()
         patches = [patchify(clip.to(device, torch.float32), patch) for column in columns for clip in column.clips]
@@ -99,7 +99,7 @@ class PyramidModel(nn.Module):
         return block(*args)
 
 
-def column_shape(column: Column, patch_size: int) -> ColumnShape:
+def column_shape(column: Column, settings: ModelSettings) -> ColumnShape:
     """Shapes of a column in tokens; time runs over all latents, history first.
 
     Raises:
@@ -111,9 +111,10 @@ def column_shape(column: Column, patch_size: int) -> ColumnShape:
             f"model: text must be tokens n d and pooled p, but has shapes {tuple(tokens.shape)} and "
             f"{tuple(column.text.pooled.shape)}."
         )
+    patch_size = settings.patch_size
     frames: list[FrameShape] = []
     for clip, level in zip(column.clips, column.levels, strict=True):
         height, width = clip.shape[2] // patch_size, clip.shape[3] // patch_size
         for _ in range(clip.shape[1]):
             frames.append(FrameShape(height, width, level, len(frames)))
-    return ColumnShape(tokens.shape[0], tuple(frames), num_noisy=column.clips[-1].shape[1])
+    return ColumnShape(tokens.shape[0], tuple(frames), column.clips[-1].shape[1], settings.has_temporal_mask)

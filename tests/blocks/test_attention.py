@@ -1,5 +1,8 @@
 """Joint attention: equal to the dense mask, causal over time, tight between columns; rotary angles are relative."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,8 +23,10 @@ def _triples(layout: PackedLayout) -> tuple[Triple, Triple]:
     return draw(layout.num_text), draw(layout.num_video)
 
 
-def test_prefix_attention_equals_the_dense_mask_with_gradients() -> None:
-    layout = mixed_layout()
+@pytest.mark.parametrize("has_temporal_mask", [True, False])
+def test_prefix_attention_equals_the_dense_mask_with_gradients(has_temporal_mask: bool) -> None:
+    columns = tuple(replace(shape, has_temporal_mask=has_temporal_mask) for shape in mixed_layout().columns)
+    layout = PackedLayout(columns, torch.device("cpu"))
     text, video = _triples(layout)
     results = []
     for attend in (joint_attention, dense_joint_attention):
