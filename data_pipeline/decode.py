@@ -15,6 +15,7 @@ import json
 import math
 import os
 import queue
+import re
 import signal
 import struct
 import subprocess
@@ -41,6 +42,7 @@ VIDEO_KINDS = frozenset({"mp4", "webm", "mkv", "mov", "avi", "gif"})
 IMAGE_KINDS = frozenset({"jpg", "jpeg", "png", "webp"})
 _TEMPORAL_STRIDE = 8
 _WRONG_FRAME_MAGIC = {b"\x00\x00\x01\xba": "MPEG program stream", b"\x30\x26\xb2\x75": "ASF (WMV)"}
+_SOURCE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 _REPLY_GRACE_S = 5.0
 
 
@@ -188,8 +190,11 @@ def _refuse_wrong_frame_containers(data: bytes) -> None:
 
 
 def _printable(error: BaseException) -> str:
-    """First 300 printable characters: decord's messages end in raw bytes of the file."""
-    text = " ".join(str(error).split())
+    """First 300 printable characters, without what differs from run to run.
+
+    decord's messages carry the time of day and its build's source path, and end in raw bytes of the file.
+    """
+    text = _SOURCE_LINE.sub("", " ".join(str(error).split()))
     return "".join(char if char.isascii() and char.isprintable() else "?" for char in text)[:300]
 
 

@@ -132,12 +132,22 @@ def read_shard(path: str) -> Iterator[RawClip | ShardDamage]:
             try:
                 sample = next(samples)
             except StopIteration:
-                return
+                break
             # group_by_keys raises ValueError for a member that stands twice under one key
             except (tarfile.TarError, EOFError, OSError, ValueError) as error:
                 yield ShardDamage(f"tar breaks off: {type(error).__name__}: {str(error)[:200]}")
                 return
             yield _raw_clip(sample)
+    if not _has_end_mark(path):
+        yield ShardDamage("tar ends without its end mark: it was cut between two members")
+
+
+def _has_end_mark(path: str) -> bool:
+    """Whether a plain tar ends in zeros, as every writer leaves it; a compressed one checks itself."""
+    if storage.read_bytes(path, 0, 2) in (b"\x1f\x8b", b"BZ", b"\xfd7"):
+        return True
+    size = storage.size_bytes(path)
+    return size >= 512 and not any(storage.read_bytes(path, size - 512, 512))
 
 
 def count_records(path: str) -> int:

@@ -1,6 +1,6 @@
 """The Ray Data graph of raw shard -> latent cache: one task per shard, decode and encode fused in an actor.
 
-The only file here that imports ray; the caller has started it. Frames never pass the object store: an actor reads a
+The only file here that imports ray. Frames never pass the object store: an actor reads a
 raw shard, decodes in child processes, encodes, and writes its output shard itself; what travels are task names and
 counts. A shard is committed by its index fragment, so a restart redoes the uncommitted ones only.
 
@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
@@ -126,8 +126,13 @@ class PrecomputeResult:
     report: dict[str, Any]
 
 
-def run_precompute(plan: PrecomputePlan) -> PrecomputeResult:
-    """Bring the cache to what the plan asks for, on the Ray that is running.
+def run_precompute(plan: PrecomputePlan, start_workers: Callable[[], None]) -> PrecomputeResult:
+    """Bring the cache to what the plan asks for.
+
+    Args:
+        plan: what to do.
+        start_workers: starts or joins Ray; called once all that can be checked without it is checked, and only if
+            there is work.
 
     Raises:
         DataError: a shard is missing, the cache was made with other settings, no clip was kept, or more than
@@ -147,7 +152,10 @@ def run_precompute(plan: PrecomputePlan) -> PrecomputeResult:
         return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
     LOG.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
     _remove_leftovers(cache)
-    done_now = _run_on_ray(plan, pending) if pending else {}
+    done_now: dict[str, ShardOutcome] = {}
+    if pending:
+        start_workers()
+        done_now = _run_on_ray(plan, pending)
     report = _write_report(cache, {**committed, **done_now}, done_now, time.monotonic() - started)
     _require_enough(plan, report)
     write_manifest(cache, _manifest(plan, description, tasks), _null_text(plan))

@@ -6,7 +6,6 @@ split is measured at 64, 128 and 256 px, first and later frames apart.
 """
 
 import argparse
-import importlib.util
 import json
 import logging
 import sys
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_pipeline.demo_clips import package_file
 from m4v_dist import storage
 from m4v_dist.errors import DataError, JobError
 from m4v_dist.frozen.pca_codec import EMBEDDED_WEIGHTS, PcaCodec, fit_pca_weights
@@ -38,19 +38,6 @@ def load_clip(clip: dict[str, Any], size_px: int) -> Tensor:
     num_frames = (min(len(frames), MAX_FRAMES) - 1) // 8 * 8 + 1
     square = centre_crop(resize_cover(frames[:num_frames], size_px, size_px), size_px, size_px)
     return frames_from_uint8(torch.from_numpy(square.copy()))
-
-
-def package_file(relative: str) -> Path:
-    """Path of a file that ships in an installed package, given as `package/folder/file`.
-
-    Raises:
-        DataError: the package is not installed.
-    """
-    package, _, inside = relative.partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"{relative}: package {package} is not installed; pip install -e '.[demo]' brings the clips.")
-    return Path(spec.submodule_search_locations[0]) / inside
 
 
 def psnr_db(frames: Tensor, reconstruction: Tensor) -> float:

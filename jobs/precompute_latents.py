@@ -18,8 +18,7 @@ def precompute_latents(config: RunConfig, dry_run: bool) -> str:
         LOG.info("plan\n%s", describe_plan(plan))
         return "dry run: the plan above can be done; nothing was written"
     check_writable(config.precompute.cache)
-    start_ray(config.launch)
-    result = run_precompute(plan)
+    result = run_precompute(plan, lambda: start_ray(config.launch))
     report = result.report
     if result.did_nothing:
         return (

@@ -1,0 +1,89 @@
+"""Raw shards: repeatable bytes, WebDataset-readable, captions from json or txt, a broken tail is reported."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from data_pipeline.manifest import list_shards
+from data_pipeline.pack import RawClip, ShardDamage, count_records, read_shard, write_shards
+from m4v_dist.errors import DataError
+
+CLIPS = [RawClip(f"c{n}", "mp4", bytes([n]) * 1000, f"caption {n}", {"licence": "CC0"}) for n in range(5)]
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_records_are_read_back_as_they_were_packed(tmp_path: Path) -> None:
+    paths = write_shards(CLIPS, f"{tmp_path}/x-%03d.tar", 2)
+    assert [Path(path).name for path in paths] == ["x-000.tar", "x-001.tar", "x-002.tar"]
+    assert [clip for path in paths for clip in read_shard(path)] == CLIPS
+    assert [count_records(path) for path in paths] == [2, 2, 1]
+
+
+def test_packing_twice_gives_the_same_bytes_and_webdataset_reads_them(tmp_path: Path) -> None:
+    first = write_shards(CLIPS, f"{tmp_path}/a-%d.tar", 9)
+    second = write_shards(CLIPS, f"{tmp_path}/b-%d.tar", 9)
+    assert Path(first[0]).read_bytes() == Path(second[0]).read_bytes()
+    samples = list(webdataset.WebDataset(first, shardshuffle=False))
+    assert [sample["mp4"] for sample in samples] == [clip.data for clip in CLIPS]
+
+
+def test_no_half_written_shard_stays_under_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stands twice"):
+        write_shards([CLIPS[0], CLIPS[1], CLIPS[0]], f"{tmp_path}/x-%d.tar", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.tar"]
+
+
+@pytest.mark.parametrize("record", [RawClip("a.b", "mp4", b"", "c"), RawClip("a", "exe", b"", "c")])
+def test_keys_with_dots_and_unknown_kinds_are_refused(tmp_path: Path, record: RawClip) -> None:
+    with pytest.raises(ValueError, match="a"):
+        write_shards([record], f"{tmp_path}/x-%d.tar", 2)
+
+
+def test_a_caption_comes_from_json_or_text_file(tmp_path: Path) -> None:
+    members = {
+        "a.mp4": b"1", "a.json": b'{"text": "from text", "author": "me"}',
+        "b.mp4": b"2", "b.txt": " from a file \n".encode(),
+        "c.mp4": b"3", "c.json": b"not json",
+        "d.mp4": b"4", "d.txt": b"  ",
+        "e.JPG": b"5", "e.json": b'{"caption": "upper case"}',
+        "f.json": b'{"caption": "no media"}',
+    }  # fmt: skip
+    clips = list(read_shard(write_tar(tmp_path / "x.tar", members)))
+    assert all(isinstance(clip, RawClip) for clip in clips)
+    found = {clip.key: (clip.kind, clip.caption) for clip in clips if isinstance(clip, RawClip)}
+    assert found == {
+        "a": ("mp4", "from text"), "b": ("mp4", "from a file"), "c": ("mp4", None), "d": ("mp4", None),
+        "e": ("jpg", "upper case"), "f": (None, "no media"),
+    }  # fmt: skip
+
+
+def test_a_broken_tail_is_reported_after_what_is_whole(tmp_path: Path) -> None:
+    (path,) = write_shards(CLIPS, f"{tmp_path}/x-%d.tar", 9)
+    data = Path(path).read_bytes()
+    # inside a member, and exactly between two, where tarfile alone sees a whole archive
+    for size in (5000, len(data) // 2):
+        Path(path).write_bytes(data[:size])
+        found = list(read_shard(path))
+        assert found[0] == CLIPS[0] and isinstance(found[-1], ShardDamage)
+    Path(path).write_bytes(b"this is no tar at all")
+    assert [type(item) for item in read_shard(path)] == [ShardDamage]
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    write_shards(CLIPS, f"{tmp_path}/x-%03d.tar", 2)
+    assert len(list_shards(f"{tmp_path}/x-{{000..002}}.tar")) == 3
+    with pytest.raises(DataError, match=r"2 of 5 shards .*x-003.tar, .*x-004.tar"):
+        list_shards(f"{tmp_path}/x-{{000..004}}.tar")
+    with pytest.raises(DataError, match="no such shard"):
+        list(read_shard(f"{tmp_path}/none.tar"))

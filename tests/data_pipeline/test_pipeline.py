@@ -1,0 +1,214 @@
+"""The precompute: quarantine and neighbours, nothing to do the second time, equal bytes, refusals, Ray."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline import pipeline
+from data_pipeline.latent_cache import LatentCache
+from data_pipeline.pack import RawClip, write_shards
+from data_pipeline.pipeline import PrecomputePlan, ShardActor, ShardTask, describe_plan, plan_tasks, run_precompute
+from m4v_dist.config.schema import (
+    BucketSettings,
+    CodecSettings,
+    LaunchSettings,
+    PrecomputeSettings,
+    SourceSettings,
+    TextEncoderSettings,
+)
+from m4v_dist.errors import DataError
+from m4v_dist.frozen.text_encoder import build_text_encoder
+from m4v_dist.frozen.video_file import encode_mp4, encode_png
+from m4v_dist.frozen.video_vae import build_codec
+from m4v_dist.launch.ray_workers import start_ray, stop_ray
+from tests.data_pipeline.made_cache import moving_blocks
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two shards of clips and one of stills; in the first clip shard one broken file stands between sound ones."""
+    folder = str(tmp_path_factory.mktemp("raw"))
+    clips = [RawClip(f"c{n}", "mp4", encode_mp4(moving_blocks(n, 18 + n), 12.0), f"blocks {n}") for n in range(5)]
+    clips.insert(1, RawClip("broken", "mp4", clips[0].data[:300], "half a clip"))
+    clips.append(RawClip("short", "mp4", encode_mp4(moving_blocks(8, 5), 12.0), "five frames"))
+    clips.append(RawClip("mute", "mp4", clips[0].data, None))
+    write_shards(clips, f"{folder}/clips-%03d.tar", 4)
+    stills = [RawClip(f"s{n}", "png", encode_png(moving_blocks(n, 1)[0]), f"a still {n}") for n in range(3)]
+    write_shards(stills, f"{folder}/stills-%03d.tar", 9)
+    return folder
+
+
+def make_plan(shards: str, cache: Path, **changes: Any) -> PrecomputePlan:
+    sources = (
+        SourceSettings(name="clips", shards=f"{shards}/clips-{{000..001}}.tar", media="video", licence="none"),
+        SourceSettings(name="stills", shards=f"{shards}/stills-000.tar", media="image", licence="none"),
+    )
+    values = {"num_frames": 17, "max_bad_fraction": 0.4, "num_retries": 1} | changes
+    precompute = PrecomputeSettings(cache=str(cache), buckets=(BucketSettings(height_px=64, width_px=64),), **values)
+    return PrecomputePlan(sources, precompute, CodecSettings(), TextEncoderSettings())
+
+
+def run_here(plan: PrecomputePlan, monkeypatch: pytest.MonkeyPatch) -> pipeline.PrecomputeResult:
+    """The precompute with its actor in this process: the same code but Ray, which one test below runs."""
+
+    def run_tasks(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, pipeline.ShardOutcome]:
+        actor = ShardActor(plan)
+        try:
+            return {task.name: actor.run(task) for task in pending}
+        finally:
+            actor._pool.close()
+
+    monkeypatch.setattr(pipeline, "_run_on_ray", run_tasks)
+    return run_precompute(plan, lambda: None)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def check_report(report: dict[str, Any]) -> None:
+    assert report["kept"] == 8 and report["num_clips"] == 11
+    assert report["filtered"] == {"too_short": 1}
+    bad = {entry["key"]: entry for entry in report["quarantined"]}
+    assert set(bad) == {"broken", "mute"}
+    assert bad["broken"]["shard"] == "clips-000.tar" and bad["broken"]["error"].startswith("decord: ")
+    assert bad["mute"]["error"] == "caption is missing" and bad["mute"]["source"] == "clips"
+
+
+@pytest.fixture
+def local_ray() -> Iterator[None]:
+    yield
+    stop_ray()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_fills_the_cache_and_does_nothing_the_second_time(shards: str, tmp_path: Path, local_ray: None) -> None:
+    plan = make_plan(shards, tmp_path / "cache")
+    result = run_precompute(plan, lambda: start_ray(LaunchSettings(), num_cpus=2))
+    assert not result.did_nothing
+    check_report(result.report)
+    before = times(tmp_path / "cache")
+
+    def no_workers() -> None:
+        raise AssertionError("workers started for nothing")
+
+    again = run_precompute(plan, no_workers)
+    assert again.did_nothing and times(tmp_path / "cache") == before
+    fingerprint = build_codec(plan.codec).fingerprint() | build_text_encoder(plan.text_encoder).fingerprint()
+    cache = LatentCache.open(plan.precompute.cache, fingerprint)
+    assert [row.key for row in cache.rows("clips")] == [f"c{n}" for n in range(5)]
+    record = cache.read(cache.rows("clips")[2])
+    assert record.latents.shape == (16, 3, 8, 8)
+    assert cache.rows("stills")[0].num_latents == 1 and cache.media("stills") == "image"
+    # a shard that cannot be written ends the job with its name, after the others
+    (tmp_path / "second" / "shards" / "stills-stills-000.tar").mkdir(parents=True)
+    with pytest.raises(DataError, match="stills-stills-000"):
+        run_precompute(make_plan(shards, tmp_path / "second"), lambda: None)
+
+
+def test_a_rerun_elsewhere_gives_equal_bytes(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name in ("one", "two"):
+        check_report(run_here(make_plan(shards, tmp_path / name), monkeypatch).report)
+        found.append({k: v for k, v in contents(tmp_path / name).items() if k != "report.json"})
+    assert len(found[0]) == 9 and found[0] == found[1]
+
+
+def test_a_restart_redoes_uncommitted_shards_only(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    run_here(make_plan(shards, cache), monkeypatch)
+    whole, before = contents(cache), times(cache)
+    # killed between placing the second tar and committing it, with a half-written file beside
+    (cache / "index" / "clips-clips-001.parquet").unlink()
+    (cache / "manifest.json").unlink()
+    (cache / "shards" / "clips-clips-001.tar.tmp-12345678").write_bytes(b"half")
+    result = run_here(make_plan(shards, cache), monkeypatch)
+    assert result.report["num_shards_this_run"] == 1
+    check_report(result.report)
+    after = times(cache)
+    assert {k: v for k, v in contents(cache).items() if k != "report.json"} == {
+        k: v for k, v in whole.items() if k != "report.json"
+    }
+    assert after["shards/clips-clips-000.tar"] == before["shards/clips-clips-000.tar"]
+    assert after["shards/clips-clips-001.tar"] != before["shards/clips-clips-001.tar"]
+
+
+def test_a_shard_that_changed_is_done_again(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name in ("clips-000.tar", "clips-001.tar", "stills-000.tar"):
+        (raw / name).write_bytes(Path(shards, name).read_bytes())
+    run_here(make_plan(str(raw), tmp_path / "cache"), monkeypatch)
+    write_shards([RawClip("new", "png", encode_png(moving_blocks(50, 1)[0]), "new")], f"{raw}/stills-%03d.tar", 9)
+    result = run_here(make_plan(str(raw), tmp_path / "cache"), monkeypatch)
+    assert result.report["num_shards_this_run"] == 1 and result.report["kept"] == 6
+    assert [row.key for row in LatentCache.open(str(tmp_path / "cache")).rows("stills")] == ["new"]
+
+
+def test_too_many_bad_clips_end_the_job_after_the_report(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(DataError, match=r"2 of 11 clips are quarantined .*max_bad_fraction=0.1"):
+        run_here(make_plan(shards, cache, max_bad_fraction=0.1), monkeypatch)
+    assert (cache / "quarantine.txt").read_text().count("\n") == 2
+    check_report(pipeline.storage.read_json(f"{cache}/report.json"))
+    with pytest.raises(DataError, match="no finished latent cache"):
+        LatentCache.open(str(cache))
+    # the work stands: with a higher limit nothing is encoded again
+    assert run_here(make_plan(shards, cache), monkeypatch).report["num_shards_this_run"] == 0
+    assert LatentCache.open(str(cache)).manifest["sources"]["clips"]["records"] == 5
+
+
+def test_a_cache_of_other_settings_is_refused_by_the_field(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_here(make_plan(shards, tmp_path / "cache"), monkeypatch)
+    before = times(tmp_path / "cache")
+    with pytest.raises(DataError, match=r"fps: cache 24.0, config 6.0"):
+        run_here(make_plan(shards, tmp_path / "cache", fps=6.0), monkeypatch)
+    assert times(tmp_path / "cache") == before
+
+
+def test_no_clip_kept_is_an_error(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(shards, tmp_path / "cache", min_frames=33, num_frames=33)
+    only_clips = PrecomputePlan(plan.sources[:1], plan.precompute, plan.codec, plan.text_encoder)
+    with pytest.raises(DataError, match="none of 8 clips was kept"):
+        run_here(only_clips, monkeypatch)
+
+
+def test_a_missing_shard_stops_before_workers_start(shards: str, tmp_path: Path) -> None:
+    plan = make_plan(shards + "-gone", tmp_path / "cache")
+
+    def no_workers() -> None:
+        raise AssertionError("workers started for nothing")
+
+    with pytest.raises(DataError, match="clips-000.tar"):
+        run_precompute(plan, no_workers)
+
+
+def test_equal_file_names_of_two_folders_get_two_outputs(shards: str, tmp_path: Path) -> None:
+    plan = make_plan(shards, tmp_path / "cache")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.tar").write_bytes(Path(shards, "stills-000.tar").read_bytes())
+    source = plan.sources[1].model_copy(update={"shards": f"{tmp_path}/{{a,b}}/x.tar"})
+    both = PrecomputePlan((source,), plan.precompute, plan.codec, plan.text_encoder)
+    names = [task.name for task in plan_tasks(both, {})]
+    assert len(set(names)) == 2 and all(name.startswith("stills-x-") for name in names)
+
+
+def test_a_dry_run_counts_and_writes_nothing(shards: str, tmp_path: Path) -> None:
+    text = describe_plan(make_plan(shards, tmp_path / "cache"))
+    assert [line.split()[:4] for line in text.splitlines()[1:3]] == [
+        ["clips", "2", "2", "8"],
+        ["stills", "1", "1", "3"],
+    ]
+    assert not (tmp_path / "cache").exists()
