@@ -93,7 +93,7 @@ class Metrics:
         """Close the file and the W&B run."""
         os.close(self._file)
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def read_rows(folder: str) -> list[dict[str, Any]]:
