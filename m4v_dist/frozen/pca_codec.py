@@ -35,8 +35,6 @@ EMBEDDED_WEIGHTS = str(Path(__file__).parent / "assets" / "pca_codec.safetensors
 BLOCK = 8
 """Side of a block in pixels, and frames of a group."""
 STD_FLOOR = 1e-3
-_CHUNK_GROUPS = 4
-"""Groups of 8 frames coded at once: bounds the memory of the float32 block copy."""
 _TENSORS = {"first_basis", "first_mean", "later_basis", "later_mean"}
 _STATISTICS = {"first_latent_mean", "first_latent_scale", "later_latent_mean", "later_latent_scale"}
 
@@ -117,9 +115,9 @@ class PcaCodec:
         self._check_frames(frames)
         grid_height = frames.shape[1] // BLOCK
         latents = [self._project(frames[:1], "first", grid_height)]
-        step = BLOCK * _CHUNK_GROUPS
-        for start in range(1, len(frames), step):
-            latents.append(self._project(frames[start : start + step], "later", grid_height))
+        # one product per group: memory does not grow with the clip, and a prefix gives the same bits
+        for start in range(1, len(frames), BLOCK):
+            latents.append(self._project(frames[start : start + BLOCK], "later", grid_height))
         return torch.cat(latents, dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -130,9 +128,8 @@ class PcaCodec:
                 f"{tuple(latents.shape)}; decode latents of this codec only."
             )
         frames = [self._restore(latents[:, :1], "first", frames_of_group=1)]
-        for start in range(1, latents.shape[1], _CHUNK_GROUPS):
-            chunk = latents[:, start : start + _CHUNK_GROUPS]
-            frames.append(self._restore(chunk, "later", frames_of_group=BLOCK))
+        for start in range(1, latents.shape[1]):
+            frames.append(self._restore(latents[:, start : start + 1], "later", frames_of_group=BLOCK))
         return torch.cat(frames)
 
     def _project(self, frames: Tensor, kind: str, grid_height: int) -> Tensor:

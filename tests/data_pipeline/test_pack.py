@@ -53,7 +53,7 @@ def test_keys_with_dots_and_unknown_kinds_are_refused(tmp_path: Path, record: Ra
 def test_a_caption_comes_from_json_or_text_file(tmp_path: Path) -> None:
     members = {
         "a.mp4": b"1", "a.json": b'{"text": "from text", "author": "me"}',
-        "b.mp4": b"2", "b.txt": " from a file \n".encode(),
+        "b.mp4": b"2", "b.txt": b" from a file \n",
         "c.mp4": b"3", "c.json": b"not json",
         "d.mp4": b"4", "d.txt": b"  ",
         "e.JPG": b"5", "e.json": b'{"caption": "upper case"}',
