@@ -1,0 +1,79 @@
+"""A run small enough for seconds: a cache of made-up latents with the real fingerprint, and a config of two stages."""
+
+from typing import Any
+
+import torch
+
+from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT, CacheRecord, CacheShardWriter, write_manifest
+from m4v_dist.batch import TextFeatures
+from m4v_dist.config.schema import CodecSettings, RunConfig, TextEncoderSettings
+from m4v_dist.config.load import parse_config
+from m4v_dist.frozen.text_encoder import build_text_encoder
+from m4v_dist.frozen.video_vae import build_codec
+from tests.data_pipeline.made_cache import MadeSource, made_row
+
+WIDTH = 384
+SOURCES = (
+    MadeSource("clips", "video", 8, 3),
+    MadeSource("stills", "image", 14, 1),
+    MadeSource("unseen", "video", 3, 3, split="held_out"),
+)
+
+
+def make_small_cache(folder: str) -> str:
+    """Write a finished cache of smooth made-up latents, as if the run's own codec and text encoder had made it."""
+    codec = build_codec(CodecSettings())
+    generator = torch.Generator().manual_seed(0)
+    for source in SOURCES:
+        writer = CacheShardWriter(folder, source.name)
+        for position in range(source.num_records):
+            base = torch.randn(codec.latent_channels, 1, 1, 1, generator=generator)
+            latents = base + 0.3 * torch.randn(
+                codec.latent_channels, source.num_latents, 8, 8, generator=generator
+            )  # c t h w
+            row = made_row(source, position)
+            text = TextFeatures(torch.randn(row.num_text_tokens, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator))
+            writer.add(row, CacheRecord(latents.bfloat16(), text))
+        writer.commit({"fingerprint": "made"})
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": codec.fingerprint() | build_text_encoder(TextEncoderSettings()).fingerprint(),
+        "normalization": codec.normalization.to_json(),
+        "spatial_stride": codec.spatial_stride,
+        "null_prompt": NULL_PROMPT,
+        "fragments": sorted(source.name for source in SOURCES),
+        "sources": {source.name: {"media": source.media} for source in SOURCES},
+    }
+    write_manifest(folder, manifest, TextFeatures(torch.zeros(2, WIDTH), torch.zeros(WIDTH)))
+    return folder
+
+
+def small_values(folder: str, cache: str, **trainer: Any) -> dict[str, Any]:
+    """Settings of a run: four steps of images with frozen double blocks, then ten of clips and images."""
+    bucket = {"height_px": 64, "width_px": 64}
+    stage = {"buckets": [bucket], "learning_rate": 1e-3, "micro_batch_slots": 3}
+    settings = {
+        "global_batch_slots": 12, "sync_group": 3, "held_out_slots": 6, "checkpoint_every_steps": 3, "ema_decay": 0.9,
+        **trainer,
+    }  # fmt: skip
+    return {
+        "run": {"name": "small", "folder": folder, "seed": 7},
+        "sources": [
+            {"name": s.name, "shards": "none.tar", "media": s.media, "licence": "made up", "split": s.split}
+            for s in SOURCES
+        ],
+        "precompute": {"cache": cache, "buckets": [bucket], "num_frames": 17},
+        "model": {"preset": "tiny", "num_double_blocks": 1, "num_single_blocks": 2},
+        "curriculum": [
+            {**stage, "name": "image", "num_steps": 4, "num_latents": 1, "weights": {"stills": 1.0}, "freeze": ["double_blocks"]},
+            {**stage, "name": "video", "num_steps": 10, "num_latents": 3, "weights": {"clips": 0.7, "stills": 0.3}, "warmup_steps": 2},
+        ],
+        "trainer": settings,
+        "launch": {"num_workers": 2, "max_failures": 2},
+        "logging": {"wandb": "disabled"},
+    }
+
+
+def small_config(folder: str, cache: str, **trainer: Any) -> RunConfig:
+    """The same as a config."""
+    return parse_config(small_values(folder, cache, **trainer), where="small run")
