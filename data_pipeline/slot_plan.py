@@ -1,0 +1,240 @@
+"""Which slots a step has: the curriculum stage, the mixture and the pyramid, as numbers; no read, no thread.
+
+Every rank makes the whole plan. It follows from (seed, step, slot) and the cursors of `LoaderState` alone.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from data_pipeline.latent_cache import LatentCache
+from data_pipeline.mixture import Cursor, Mixture, Pick, Walk
+from m4v_dist.batch import Slot, derive_seed
+from m4v_dist.config.schema import BucketSettings, CurriculumStageSettings, ObjectiveSettings, SourceSettings
+from m4v_dist.errors import ConfigError, DataError
+
+ChooseUnit = Callable[[int, int, int, int, int, int], int]
+"""`objective.history.choose_unit(num_units, group_size, member, turn, pyramid_stage, num_pyramid_stages)`."""
+NumSegmentTokens = Callable[[int, int, int, tuple[int, int], int], int]
+"""`objective.history.num_segment_tokens(unit, pyramid_stage, num_pyramid_stages, grid, patch_size)`."""
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Where the loader stands after the last step that was handed out.
+
+    Args:
+        next_step: the step that comes next.
+        cursors: per walk.
+        samples_seen: slots per source.
+        tokens_seen: tokens per source, as the records would have without a pyramid.
+    """
+
+    next_step: int = 0
+    cursors: Mapping[str, Cursor] = field(default_factory=dict)
+    samples_seen: Mapping[str, int] = field(default_factory=dict)
+    tokens_seen: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A curriculum stage with the rows that it may take.
+
+    Args:
+        settings: the stage.
+        mixture: chooses rows.
+        allowed: per source, positions in the cache's rows, in order.
+    """
+
+    settings: CurriculumStageSettings
+    mixture: Mixture
+    allowed: Mapping[str, list[int]]
+
+
+class SlotPlanner:
+    """Plans slots over an open cache.
+
+    Args:
+        cache: whose rows are planned.
+        sources: of the run; those with split "held_out" feed the held-out slots only.
+        curriculum: of the run.
+        seed: of the run.
+        num_slots: S.
+        group_size: G, divides S.
+        objective: pyramid stages and the columns that slots and groups take in turn.
+        choose_unit, num_segment_tokens: see their types; passed in, because the data pipeline knows no objective.
+        patch_size: side of a token in latents.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        *,
+        sources: Sequence[SourceSettings],
+        curriculum: Sequence[CurriculumStageSettings],
+        seed: int,
+        num_slots: int,
+        group_size: int,
+        objective: ObjectiveSettings,
+        choose_unit: ChooseUnit,
+        num_segment_tokens: NumSegmentTokens,
+        patch_size: int,
+    ) -> None:
+        self._cache = cache
+        self._sources = {source.name: source for source in sources}
+        self._curriculum = tuple(curriculum)
+        self._seed = seed
+        self._num_slots = num_slots
+        self._group_size = group_size
+        self._objective = objective
+        self._choose_unit = choose_unit
+        self._num_segment_tokens = num_segment_tokens
+        self._patch_size = patch_size
+
+    def stage(self, index: int) -> StagePlan:
+        """Make ready to plan a curriculum stage.
+
+        Raises:
+            DataError: a source has too few records in the stage's buckets for one step.
+            ConfigError: a bucket that the pyramid cannot divide.
+        """
+        stage = self._curriculum[index]
+        self._check_buckets(stage.buckets)
+        allowed = {source: self._rows_in(source, stage.buckets) for source in stage.weights}
+        walks = {source: self._walk(source, stage, len(rows)) for source, rows in allowed.items()}
+        for source, walk in walks.items():
+            self._require_enough(source, walk, stage)
+        mixture = Mixture(
+            self._seed, derive_seed, weights=stage.weights, walks=walks,
+            num_groups=self._num_slots // self._group_size, group_size=self._group_size,
+        )  # fmt: skip
+        return StagePlan(stage, mixture, allowed)
+
+    def plan(self, stage: StagePlan, state: LoaderState) -> tuple[list[Slot], LoaderState]:
+        """All S slots of `state.next_step`, and the state after it."""
+        picks, cursors = stage.mixture.plan(state.next_step, state.cursors)
+        slots = [self._slot(stage, state.next_step, index, pick) for index, pick in enumerate(picks)]
+        samples, tokens = dict(state.samples_seen), dict(state.tokens_seen)
+        for slot in slots:
+            samples[slot.source] = samples.get(slot.source, 0) + 1
+            tokens[slot.source] = tokens.get(slot.source, 0) + slot.num_full_tokens
+        return slots, LoaderState(state.next_step + 1, cursors, samples, tokens)
+
+    def held_out(self, num_slots: int) -> list[Slot]:
+        """The fixed held-out slots, in the last curriculum stage's buckets and length.
+
+        Slot i takes pyramid stage i mod K, then walks records and units; seed ("held_out", i). Step 0, so the history
+        carries the least noise that the objective's ramp gives.
+
+        Raises:
+            DataError: no held-out source has a record there.
+        """
+        stage = self._curriculum[-1]
+        pool = self._held_out_pool(stage, num_slots)
+        return [self._held_out_slot(index, pool, stage) for index in range(num_slots)]
+
+    def reserve(self, stage: StagePlan, slot: Slot, attempt: int) -> int:
+        """A record that may stand in for a slot's: same source and bucket, long enough; the same for a whole group."""
+        rows = self._cache.rows(slot.source)
+        wanted = rows[slot.record]
+        fitting = [
+            record
+            for record in stage.allowed[slot.source]
+            if (rows[record].height_px, rows[record].width_px) == (wanted.height_px, wanted.width_px)
+            and rows[record].num_latents >= min(wanted.num_latents, stage.settings.num_latents)
+        ]
+        shared = self._shares_record(slot.source, stage.settings)
+        stream = f"group {slot.index // self._group_size}" if shared else f"slot {slot.index}"
+        return fitting[derive_seed(self._seed, "reserve", slot.step, stream, attempt) % len(fitting)]
+
+    def _slot(self, stage: StagePlan, step: int, index: int, pick: Pick) -> Slot:
+        record = stage.allowed[pick.source][pick.row]
+        num_units = min(self._cache.rows(pick.source)[record].num_latents, stage.settings.num_latents)
+        columns = self._objective.stage_columns
+        # counted over the whole run: a step with fewer groups than columns would else never reach the last ones
+        if self._shares_record(pick.source, stage.settings):
+            turn_of_columns = step * (self._num_slots // self._group_size) + pick.group
+        else:
+            turn_of_columns = step * self._num_slots + index
+        pyramid_stage = columns[turn_of_columns % len(columns)]
+        turn = derive_seed(self._seed, "turn", step, pick.group) % num_units
+        unit = self._choose_unit(
+            num_units, self._group_size, pick.member, turn, pyramid_stage, self._objective.num_pyramid_stages
+        )
+        seed = derive_seed(self._seed, "slot", step, index)
+        return self._make_slot(step, index, pick.source, record, unit=unit, pyramid_stage=pyramid_stage, seed=seed)
+
+    def _make_slot(
+        self, step: int, index: int, source: str, record: int, *, unit: int, pyramid_stage: int, seed: int
+    ) -> Slot:
+        row = self._cache.rows(source)[record]
+        height, width = grid = self._grid(row.height_px, row.width_px)
+        visual = self._num_segment_tokens(
+            unit, pyramid_stage, self._objective.num_pyramid_stages, grid, self._patch_size
+        )
+        return Slot(
+            step=step, index=index, source=source, record=record, key=row.key, unit=unit, pyramid_stage=pyramid_stage,
+            seed=seed, num_tokens=visual + row.num_text_tokens,
+            num_full_tokens=unit * (height // self._patch_size) * (width // self._patch_size),
+        )  # fmt: skip
+
+    def _held_out_pool(self, stage: CurriculumStageSettings, num_slots: int) -> list[tuple[str, int]]:
+        """Held-out records as (source, position), the sources taking turns."""
+        names = [source.name for source in self._sources.values() if source.split == "held_out"]
+        columns = [[(name, record) for record in self._rows_in(name, stage.buckets)] for name in names]
+        longest = max((len(column) for column in columns), default=0)
+        pool = [column[place] for place in range(longest) for column in columns if place < len(column)]
+        if not pool:
+            raise DataError(
+                f"trainer.held_out_slots={num_slots}, but the held-out sources {names} have no record "
+                f"in the buckets {_names(stage.buckets)} of the last curriculum stage {stage.name!r}; add a held-out "
+                "source, or set trainer.held_out_slots=0."
+            )
+        return pool
+
+    def _held_out_slot(self, index: int, pool: list[tuple[str, int]], stage: CurriculumStageSettings) -> Slot:
+        turn, pyramid_stage = divmod(index, self._objective.num_pyramid_stages)
+        source, record = pool[turn % len(pool)]
+        num_units = min(self._cache.rows(source)[record].num_latents, stage.num_latents)
+        # from the last unit down; the shift gives a record another unit once all pairs have come round
+        unit = num_units - (turn + turn // math.lcm(len(pool), num_units)) % num_units
+        seed = derive_seed("held_out", index)
+        return self._make_slot(0, index, source, record, unit=unit, pyramid_stage=pyramid_stage, seed=seed)
+
+    def _rows_in(self, source: str, buckets: Sequence[BucketSettings]) -> list[int]:
+        sizes = {(bucket.height_px, bucket.width_px) for bucket in buckets}
+        rows = self._cache.rows(source)
+        return [position for position, row in enumerate(rows) if (row.height_px, row.width_px) in sizes]
+
+    def _shares_record(self, source: str, stage: CurriculumStageSettings) -> bool:
+        """Sync groups share a record where it has several units to train; an image has one."""
+        return self._sources[source].media == "video" and stage.num_latents > 1
+
+    def _walk(self, source: str, stage: CurriculumStageSettings, num_rows: int) -> Walk:
+        return Walk(f"{source}@{'+'.join(_names(stage.buckets))}", num_rows, self._shares_record(source, stage))
+
+    def _require_enough(self, source: str, walk: Walk, stage: CurriculumStageSettings) -> None:
+        needed = self._num_slots // self._group_size if walk.shares_record else self._num_slots
+        if walk.num_rows < needed:
+            raise DataError(
+                f"curriculum {stage.name!r}: source {source!r} has {walk.num_rows} records in the buckets "
+                f"{_names(stage.buckets)}, but a step of trainer.global_batch_slots={self._num_slots} may take {needed}"
+                f"{f' (one per sync group of {self._group_size})' if walk.shares_record else ''}; add clips, lower "
+                "trainer.global_batch_slots, or drop the source from the stage's weights."
+            )
+
+    def _check_buckets(self, buckets: Sequence[BucketSettings]) -> None:
+        num_stages = self._objective.num_pyramid_stages
+        for bucket in buckets:
+            grid = self._grid(bucket.height_px, bucket.width_px)
+            try:
+                self._num_segment_tokens(1, 0, num_stages, grid, self._patch_size)
+            except ValueError as error:
+                raise ConfigError(f"bucket {bucket.height_px}x{bucket.width_px}: {error}") from error
+
+    def _grid(self, height_px: int, width_px: int) -> tuple[int, int]:
+        return height_px // self._cache.spatial_stride, width_px // self._cache.spatial_stride
+
+
+def _names(buckets: Sequence[BucketSettings]) -> list[str]:
+    return sorted(f"{bucket.height_px}x{bucket.width_px}" for bucket in buckets)
