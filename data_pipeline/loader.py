@@ -192,8 +192,7 @@ class LatentLoader:
         try:
             return tuple(
                 self._batch(
-                    [(slot, self._cache.read(self._cache.rows(slot.source)[slot.record])) for slot in part],
-                    self._held_out_slots,
+                    [(slot, self._read_record(slot.source, slot.record)) for slot in part], self._held_out_slots
                 )
                 for part in parts
             )
@@ -229,7 +228,7 @@ class LatentLoader:
         for attempt in range(_RESERVE_TRIES):
             if place not in read and place not in self._bad:
                 try:
-                    read[place] = self._cache.read(self._cache.rows(place[0])[place[1]])
+                    read[place] = self._read_record(*place)
                 except CorruptRecordError as error:
                     self._count_bad(place, error)
             if place in read:
@@ -240,6 +239,9 @@ class LatentLoader:
             f"loader: step {slot.step}, slot {slot.index}: {_RESERVE_TRIES} records of {slot.source} in a row are "
             "damaged; precompute the source again."
         )
+
+    def _read_record(self, source: str, record: int) -> CacheRecord:
+        return self._cache.read(self._cache.rows(source)[record])
 
     def _count_bad(self, place: tuple[str, int], error: CorruptRecordError) -> None:
         self._bad[place] = str(error)
@@ -263,9 +265,6 @@ class LatentLoader:
             weights=(1.0,) * len(items),
             global_num_slots=num_slots,
         )
-
-    def _row(self, slot: Slot) -> IndexRow:
-        return self._cache.rows(slot.source)[slot.record]
 
 
 class _Prefetcher:
