@@ -22,7 +22,7 @@ from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_vae import build_codec
-from m4v_dist.launch.ray_workers import run_workers, start_ray
+from m4v_dist.launch.ray_workers import ray_session, run_workers
 from m4v_dist.model.build import build_model, build_on_meta
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from m4v_dist.objective.history import choose_unit, num_segment_tokens
@@ -58,9 +58,10 @@ def train(config: RunConfig, dry_run: bool) -> str:
     loader.close()
     if step == config.total_steps:
         return f"nothing to do: {config.run.folder} is trained to its last step {step}"
-    start_ray(config.launch)
     notes = storage.join(config.run.folder, "attempts", "ray")
-    result = run_workers(train_on_rank, {"config": config_to_json(config)}, config.launch, config.run.name, notes)
+    # Left before the last line is printed: the workers' log comes first, the job's answer last.
+    with ray_session(config.launch):
+        result = run_workers(train_on_rank, {"config": config_to_json(config)}, config.launch, config.run.name, notes)
     loss = result["held_out_loss"]
     held_out = "" if loss is None else f", held-out loss {loss:.4f}"
     return f"{result['step']} steps done{held_out}; {result['checkpoint']}"
@@ -198,7 +199,7 @@ def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
     states = model_state_bytes(total, config.trainer.zero_stage, workers) / 2**30
     lines.append(
         f"{total:,} parameters; weights, gradients, moments and average take {states:.2f} GiB a rank (ZeRO "
-        f"{config.trainer.zero_stage}, {workers} ranks); tokens are estimated from rank 0's first {_PLANNED_STEPS} steps"
+        f"{config.trainer.zero_stage}, {workers} ranks); tokens from the first {_PLANNED_STEPS} steps of rank 0"
     )
     lines.append(f"starts at step {step} of {config.total_steps}; folder {config.run.folder}")
     return "\n".join(lines)

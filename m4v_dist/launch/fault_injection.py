@@ -1,7 +1,7 @@
 """Kill one training worker from outside, at a chosen moment: what the demo shows, and what resume must survive.
 
 Reads what the run writes anyway (metrics.jsonl, attempts/attempt_0001.json) and knows nothing else of it. Local runs
-only: a process is killed by its id. The standard library alone.
+only: a process is killed by its id.
 """
 
 import json
@@ -10,6 +10,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from m4v_dist.launch.metrics_tail import MetricsTail
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class WorkerKiller:
 
     def __init__(self, run_folder: str, moment: KillMoment) -> None:
         self._folder = Path(run_folder)
+        self._tail = MetricsTail(run_folder)
         self._moment = moment
-        self._offset = 0
         self._last_step = 0
         self._stage = ""
         self._stage_steps = 0
@@ -80,7 +82,7 @@ class WorkerKiller:
         """Read the new rows; kill if the moment has come. Call it often; returns the kill when it happens."""
         if self.kill is not None:
             return None
-        for row in self._new_rows():
+        for row in self._tail.new_rows():
             self._take(row)
         if not self._is_moment():
             return None
@@ -89,18 +91,6 @@ class WorkerKiller:
         assert self._checkpoint_step is not None
         self.kill = Kill(attempt, rank, pid, self._last_step, self._checkpoint_step, self._since_checkpoint)
         return self.kill
-
-    def _new_rows(self) -> list[dict[str, Any]]:
-        path = self._folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        with path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        # A line that is still being written is left for the next look.
-        complete = data[: data.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        return [json.loads(line) for line in complete.splitlines() if line.strip()]
 
     def _take(self, row: dict[str, Any]) -> None:
         match row["kind"]:

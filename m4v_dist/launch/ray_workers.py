@@ -63,15 +63,46 @@ def start_ray(settings: LaunchSettings, *, num_cpus: int | None = None) -> None:
         include_dashboard=False,
         _temp_dir=folder,
         logging_level=logging.WARNING,
+        runtime_env={"worker_process_setup_hook": _quieting_hook()},
     )
     logger.info("started Ray on this machine: %d CPUs declared, logs in %s", cpus, folder)
 
 
+def _quieting_hook() -> Callable[[], None]:
+    """What runs first in each process of a local Ray: it silences one message that would come every second.
+
+    Ray Train's placement group cleaner asks the dashboard whether the controller lives; a local Ray has no dashboard.
+    """
+
+    def quiet() -> None:
+        # Inside, so that Ray ships this function by value: the process that runs it cannot import our modules yet.
+        import logging
+
+        cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+        logging.getLogger(cleaner).setLevel(logging.ERROR)
+
+    return quiet
+
+
 def stop_ray() -> None:
-    """Disconnect; ends a Ray that `start_ray` started."""
+    """Disconnect, with the workers' last log lines shown; ends a Ray that `start_ray` started."""
     import ray
 
     ray.shutdown()
+
+
+@contextmanager
+def ray_session(settings: LaunchSettings) -> Iterator[None]:
+    """`start_ray`, and `stop_ray` on leaving unless Ray was up before."""
+    import ray
+
+    was_up = ray.is_initialized()
+    start_ray(settings)
+    try:
+        yield
+    finally:
+        if not was_up:
+            stop_ray()
 
 
 @dataclass(frozen=True)
