@@ -61,7 +61,7 @@ def parameter_groups(
         members.setdefault((block_set, has_decay(name, parameter)), []).append(name)
     return tuple(
         ParameterGroup(f"{block_set}/{'decay' if decays else 'no_decay'}", tuple(names), decays)
-        for (block_set, decays), names in sorted(members.items())
+        for (block_set, decays), names in sorted(members.items(), key=lambda item: (item[0][0], not item[0][1]))
     )
 
 

@@ -6,8 +6,8 @@ import torch
 
 from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT, CacheRecord, CacheShardWriter, write_manifest
 from m4v_dist.batch import TextFeatures
-from m4v_dist.config.schema import CodecSettings, RunConfig, TextEncoderSettings
 from m4v_dist.config.load import parse_config
+from m4v_dist.config.schema import CodecSettings, RunConfig, TextEncoderSettings
 from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_vae import build_codec
 from tests.data_pipeline.made_cache import MadeSource, made_row
@@ -32,7 +32,9 @@ def make_small_cache(folder: str) -> str:
                 codec.latent_channels, source.num_latents, 8, 8, generator=generator
             )  # c t h w
             row = made_row(source, position)
-            text = TextFeatures(torch.randn(row.num_text_tokens, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator))
+            text = TextFeatures(
+                torch.randn(row.num_text_tokens, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator)
+            )
             writer.add(row, CacheRecord(latents.bfloat16(), text))
         writer.commit({"fingerprint": "made"})
     manifest = {
@@ -49,7 +51,7 @@ def make_small_cache(folder: str) -> str:
 
 
 def small_values(folder: str, cache: str, **trainer: Any) -> dict[str, Any]:
-    """Settings of a run: four steps of images with frozen double blocks, then ten of clips and images."""
+    """Settings of a run: two steps of images with frozen double blocks, then seven of clips and images."""
     bucket = {"height_px": 64, "width_px": 64}
     stage = {"buckets": [bucket], "learning_rate": 1e-3, "micro_batch_slots": 3}
     settings = {
@@ -65,8 +67,22 @@ def small_values(folder: str, cache: str, **trainer: Any) -> dict[str, Any]:
         "precompute": {"cache": cache, "buckets": [bucket], "num_frames": 17},
         "model": {"preset": "tiny", "num_double_blocks": 1, "num_single_blocks": 2},
         "curriculum": [
-            {**stage, "name": "image", "num_steps": 4, "num_latents": 1, "weights": {"stills": 1.0}, "freeze": ["double_blocks"]},
-            {**stage, "name": "video", "num_steps": 10, "num_latents": 3, "weights": {"clips": 0.7, "stills": 0.3}, "warmup_steps": 2},
+            {
+                **stage,
+                "name": "image",
+                "num_steps": 2,
+                "num_latents": 1,
+                "weights": {"stills": 1.0},
+                "freeze": ["double_blocks"],
+            },
+            {
+                **stage,
+                "name": "video",
+                "num_steps": 7,
+                "num_latents": 3,
+                "weights": {"clips": 0.7, "stills": 0.3},
+                "warmup_steps": 2,
+            },
         ],
         "trainer": settings,
         "launch": {"num_workers": 2, "max_failures": 2},

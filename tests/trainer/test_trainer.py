@@ -1,10 +1,9 @@
-"""The loop with toy parts on two gloo ranks: phases, resume after a SIGKILL, rows, attempts, and what stops it."""
+"""The loop with toy parts on two gloo ranks: phases, rows, skipped steps, and what stops it.
+
+Kill and resume: tests/integration/test_resume.py.
+"""
 
 import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,8 @@ def _trainer(folder: str, *, objective: Any = toy_objective, **settings: Any) ->
     return Trainer(config, mesh, build_model=lambda: ToyModel(5), objective=objective, loader=loader)
 
 
-def _slow(model: Any, batch: Any) -> ToyOutput:
-    time.sleep(0.1)
-    return toy_objective(model, batch)
-
-
-def _straight_job(folder: str) -> list[int]:
-    return [_trainer(f"{folder}/zero{stage}", zero_stage=stage).run().step for stage in (1, 2, 3)]
-
-
-def _killed_job(folder: str, stage: int) -> int:
-    return _trainer(f"{folder}/zero{stage}", zero_stage=stage, objective=_slow).run().step
+def _straight_job(folder: str) -> int:
+    return _trainer(folder).run().step
 
 
 def rows(folder: str, kind: str) -> list[dict[str, Any]]:
@@ -47,73 +37,15 @@ def rows(folder: str, kind: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def kill_rank_1_after(folder: str, step: int) -> Any:
-    """Watch the rows, and SIGKILL rank 1 while the steps after `step` run."""
-
-    def watch(processes: list[subprocess.Popen[str]]) -> None:
-        deadline = time.monotonic() + 120
-        while not (Path(folder) / "metrics.jsonl").exists() or not any(
-            r["step"] >= step for r in rows(folder, "train")
-        ):
-            assert time.monotonic() < deadline and processes[1].poll() is None, "no such step before the kill"
-            time.sleep(0.02)
-        pids = json.loads(next((Path(folder) / "attempts").glob("*.json")).read_text())["pids"]
-        assert pids["1"] == processes[1].pid, "the attempt file names another process"
-        os.kill(pids["1"], signal.SIGKILL)
-
-    return watch
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Straight runs and killed-and-resumed runs of ZeRO 1, 2 and 3."""
-    straight, killed = (str(tmp_path_factory.mktemp(name)) for name in ("straight", "killed"))
-    run_ranks(_straight_job, 2, straight)
-    for stage in (1, 2, 3):
-        answers = run_ranks(_killed_job, 2, killed, stage, watch=kill_rank_1_after(f"{killed}/zero{stage}", 7))
-        assert answers == [None, None], "the run ended before the kill"
-    assert run_ranks(_straight_job, 2, killed) == [[TOTAL] * 3] * 2
-    return straight, killed
+def straight(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("straight"))
+    assert run_ranks(_straight_job, 2, folder) == [TOTAL, TOTAL]
+    return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_killed_run_ends_bit_identical_to_a_straight_one(runs: tuple[str, str], stage: int) -> None:
-    straight, killed = (f"{folder}/zero{stage}" for folder in runs)
-    expected = {row["step"]: (row["train/loss"], row["train/grad_norm"]) for row in rows(straight, "train")}
-    assert sorted(expected) == list(range(TOTAL))
-    found = rows(killed, "train")
-    assert {row["attempt"] for row in found} == {1, 2}
-    redone = {r["step"] for r in found if r["attempt"] == 1} & {r["step"] for r in found if r["attempt"] == 2}
-    assert redone, "no step was done twice, so the kill proved nothing"
-    for row in found:
-        assert (row["train/loss"], row["train/grad_norm"]) == expected[row["step"]]
-    for load in (checkpoint.load_weights, checkpoint.load_ema_weights):
-        paths = [str(checkpoint.newest_committed(f"{folder}/checkpoints")) for folder in (straight, killed)]
-        one, other = load(paths[0]), load(paths[1])
-        assert sorted(one) == sorted(other)
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    states = [checkpoint.read_state(path) for path in paths]
-    assert states[0] == states[1]
-    assert states[0]["loader"] == {"cursor": 12 * TOTAL}
-
-
-@pytest.mark.slow
-def test_the_restart_stands_in_the_rows_and_in_the_ledger(runs: tuple[str, str]) -> None:
-    folder = f"{runs[1]}/zero2"
-    (restart,) = rows(folder, "restart")
-    assert restart["attempt"] == 2
-    assert restart["step"] == 6
-    assert restart["lost_steps"] >= 1
-    ledger = json.loads((Path(folder) / "ledger.json").read_text())
-    assert ledger["lost_s"] == restart["lost_s"] > 0
-    assert ledger["restart_s"] > 0
-    assert 0 < ledger["goodput"] < 1
-
-
-@pytest.mark.slow
-def test_phases_change_freeze_set_rate_and_data_counts_at_their_boundary(runs: tuple[str, str]) -> None:
-    folder = f"{runs[0]}/zero2"
+def test_phases_change_freeze_set_rate_and_data_counts_at_their_boundary(straight: str) -> None:
+    folder = straight
     assert [(row["curriculum_stage"], row["step"]) for row in rows(folder, "stage")] == [("first", 0), ("second", 4)]
     rates = [row["train/lr"] for row in rows(folder, "train")]
     assert rates == [0.05] * 4 + [0.01] + [0.02] * 5
