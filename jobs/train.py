@@ -137,7 +137,7 @@ def check_run_folder(config: RunConfig) -> int:
     require_same_run(before, config.model_dump(mode="json"), stage_index=stage["index"], where=newest)
     step = checkpoint.step_of(newest)
     starts = [phase.start for phase in phases(config.curriculum)]
-    if step > config.total_steps or starts[stage["index"]] != stage["start"]:
+    if step > config.total_steps or starts[stage["index"] : stage["index"] + 1] != [stage["start"]]:
         raise ConfigError(
             f"{newest} is at step {step} of stage {stage['name']!r}, but the curriculum now ends at step "
             f"{config.total_steps}; give the stages at least the steps that were done."

@@ -53,10 +53,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, stage_index: i
         now: of this submission.
         stage_index: curriculum stage of the checkpoint; later ones have not begun.
     """
-    old, new = _flat(before), _flat(now)
-    # A key that only one of them has was added or removed by the code, not by the user; later stages are free anyway.
-    shared = [key for key in old if key in new and old[key] != new[key]]
-    return [Change(key, old[key], new[key], _is_free(key, stage_index)) for key in shared]
+    old, new = _flat(_comparable(before)), _flat(_comparable(now))
+    # Any other key that only one of them has was added or removed by the code, not by the user.
+    gone = [key for key in old if key.startswith("sources.") and key not in new]
+    differing = [key for key in old if key in new and old[key] != new[key]]
+    return [Change(key, old[key], new.get(key), _is_free(key, stage_index)) for key in [*gone, *differing]]
 
 
 def require_same_run(before: Mapping[str, Any], now: Mapping[str, Any], *, stage_index: int, where: str) -> None:
@@ -93,9 +94,15 @@ def _is_free(key: str, stage_index: int) -> bool:
     )
 
 
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with its sources by name, and of each only what training reads: their shards may move."""
+    sources = {item["name"]: f"{item['media']}, {item['split']}" for item in config["sources"]}
+    return {**config, "sources": sources}
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested sections to dotted keys; of lists, only lists of sections are walked."""
-    if isinstance(value, Mapping):
+    """Nested sections to dotted keys; of lists only those of sections are walked, and a mix of sources is one value."""
+    if isinstance(value, Mapping) and not prefix.endswith(".weights"):
         items = value.items()
     elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         items = {str(position): item for position, item in enumerate(value)}.items()

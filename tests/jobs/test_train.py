@@ -1,0 +1,123 @@
+"""`jobs.train` before any worker starts: bad input ends with its code and the way out, and a dry run shows the plan."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.train import train
+from m4v_dist import storage
+from m4v_dist.config.load import config_to_json, parse_config
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.errors import ConfigError, DataError
+from m4v_dist.trainer import checkpoint
+from tests.integration.small_run import make_small_cache, small_config, small_values
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_small_cache(str(tmp_path_factory.mktemp("cache") / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr("jobs.train.run_workers", refuse)
+    monkeypatch.setattr("jobs.train.ray_session", refuse)
+
+
+def committed(config: RunConfig, step: int, stage: int, start: int) -> str:
+    """A checkpoint folder as the preflight sees it."""
+    path = storage.join(config.run.folder, "checkpoints", checkpoint.folder_name(step))
+    position = {"index": stage, "name": config.curriculum[stage].name, "start": start}
+    storage.write_json(storage.join(path, "state.json"), {"format": checkpoint.FORMAT, "curriculum_stage": position})
+    storage.write_bytes(storage.join(path, "config.json"), config_to_json(config).encode())
+    storage.write_json(storage.join(path, "COMMITTED"), {"step": step, "size_bytes": {}})
+    return path
+
+
+def test_a_dry_run_shows_steps_slots_tokens_and_parameters(
+    cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert "nothing was written" in train(small_config(str(tmp_path / "run"), cache), True)
+    plan = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("plan"))
+    image, video = (line.split() for line in plan.splitlines()[2:4])
+    assert image[:3] == ["image", "0..2", "12"]
+    assert video[:3] == ["video", "2..9", "12"]
+    # the image stage freezes the double blocks
+    assert int(image[-1].replace(",", "")) < int(video[-1].replace(",", ""))
+    assert "parameters; weights, gradients, moments and average take" in plan
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_another_codec_is_refused_by_field(cache: str, tmp_path: Path) -> None:
+    other = str(shutil.copytree(cache, tmp_path / "cache"))
+    manifest = storage.read_json(f"{other}/manifest.json")
+    manifest["fingerprint"]["codec_weights_sha256"] = "another"
+    storage.write_json(f"{other}/manifest.json", manifest)
+    with pytest.raises(DataError, match=r"another codec or text encoder.*codec_weights_sha256.*'another'"):
+        train(small_config(str(tmp_path / "run"), other), False)
+
+
+def test_no_cache_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="run jobs.precompute_latents first"):
+        train(small_config(str(tmp_path / "run"), str(tmp_path / "nothing")), False)
+
+
+def test_a_bucket_with_fewer_records_than_a_step_needs_names_both_numbers(cache: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'stills' has 14 records.*global_batch_slots=24.*take 24"):
+        train(small_config(str(tmp_path / "run"), cache, global_batch_slots=24), False)
+
+
+def test_a_model_for_other_text_is_refused_with_the_width_to_set(cache: str, tmp_path: Path) -> None:
+    values = small_values(str(tmp_path / "run"), cache)
+    values["model"]["text_width"] = 100
+    with pytest.raises(ConfigError, match=r"text_width=100.*384"):
+        train(parse_config(values, where="test"), False)
+
+
+def test_a_run_folder_of_another_model_is_refused(cache: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "run"), cache)
+    committed(config, 3, 1, 2)
+    values = small_values(str(tmp_path / "run"), cache)
+    values["model"]["num_single_blocks"] = 3
+    with pytest.raises(ConfigError, match=r"step_00000003 was trained with other settings.*num_single_blocks: 2 -> 3"):
+        train(parse_config(values, where="test"), False)
+
+
+def test_a_curriculum_cut_below_what_was_done_is_refused(cache: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "run"), cache)
+    committed(config, 6, 1, 2)
+    values = small_values(str(tmp_path / "run"), cache)
+    values["curriculum"][1]["num_steps"] = 3
+    with pytest.raises(ConfigError, match=r"at step 6 of stage 'video'.*ends at step 5"):
+        train(parse_config(values, where="test"), False)
+    values["curriculum"].pop()
+    with pytest.raises(ConfigError, match=r"at step 6 of stage 'video'"):
+        train(parse_config(values, where="test"), False)
+
+
+def test_a_finished_run_submitted_again_says_so_and_starts_nothing(cache: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "run"), cache)
+    committed(config, config.total_steps, 1, 2)
+    assert "trained to its last step 9" in train(config, False)
+
+
+def test_a_remote_run_folder_is_refused_for_now(cache: str) -> None:
+    with pytest.raises(ConfigError, match="local or mounted"):
+        train(small_config("s3://bucket/run", cache), False)
+
+
+def test_a_damaged_checkpoint_is_named_before_any_worker_starts(cache: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "run"), cache)
+    path = committed(config, 3, 1, 2)
+    storage.write_json(f"{path}/COMMITTED", {"step": 3, "size_bytes": {"__0_0.distcp": 10}})
+    with pytest.raises(DataError, match=r"__0_0.distcp.*damaged"):
+        train(config, False)
+    assert json.loads((Path(path) / "COMMITTED").read_text())["step"] == 3
