@@ -3,7 +3,8 @@
 import logging
 import sys
 
-from data_pipeline.pipeline import PrecomputePlan, describe_plan, run_precompute
+from data_pipeline.pipeline import run_precompute
+from data_pipeline.precompute_plan import PrecomputePlan, describe_plan
 from jobs.cli import check_writable, main
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.launch.ray_workers import start_ray
@@ -12,7 +13,7 @@ LOG = logging.getLogger(__name__)
 
 
 def precompute_latents(config: RunConfig, dry_run: bool) -> str:
-    """Fill the run's latent cache; see `data_pipeline/pipeline.py` for what it raises."""
+    """Fill the run's latent cache; see `pipeline.run_precompute` for what it raises."""
     plan = PrecomputePlan(config.sources, config.precompute, config.codec, config.text_encoder)
     if dry_run:
         LOG.info("plan\n%s", describe_plan(plan))

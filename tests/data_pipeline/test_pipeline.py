@@ -9,7 +9,8 @@ import pytest
 from data_pipeline import pipeline
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.pack import RawClip, write_shards
-from data_pipeline.pipeline import PrecomputePlan, ShardActor, ShardTask, describe_plan, plan_tasks, run_precompute
+from data_pipeline.pipeline import ShardActor, run_precompute
+from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask, describe_plan, plan_tasks
 from m4v_dist.config.schema import (
     BucketSettings,
     CodecSettings,
@@ -53,7 +54,7 @@ def make_plan(shards: str, cache: Path, **changes: Any) -> PrecomputePlan:
 def run_here(plan: PrecomputePlan, monkeypatch: pytest.MonkeyPatch) -> pipeline.PrecomputeResult:
     """The precompute with its actor in this process: the same code but Ray, which one test below runs."""
 
-    def run_tasks(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, pipeline.ShardOutcome]:
+    def run_tasks(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
         actor = ShardActor(plan)
         try:
             return {task.name: actor.run(task) for task in pending}

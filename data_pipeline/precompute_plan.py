@@ -1,0 +1,197 @@
+"""What a precompute has to do: tasks, the settings that decide the bytes, and what is committed already; no Ray.
+
+Each raw shard is one task with one output name. A fingerprint of its input and of every setting that decides the output
+is stored in its index fragment, so that a restart knows what it may skip.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_pipeline.decode import DecodeRule
+from data_pipeline.latent_cache import FORMAT_VERSION, index_path, read_manifest, require_fingerprint, shard_path
+from data_pipeline.manifest import list_shards, read_index
+from data_pipeline.pack import count_records
+from m4v_dist import storage
+from m4v_dist.config.schema import CodecSettings, PrecomputeSettings, SourceSettings, TextEncoderSettings
+from m4v_dist.errors import DataError
+from m4v_dist.frozen.text_encoder import build_text_encoder
+from m4v_dist.frozen.video_vae import build_codec
+
+RESIZE_RULE = "resized inside the decoder (bicubic) to cover the bucket of the nearest aspect ratio, centre crop"
+FRAME_RULE = "8k+1 frames from the start"
+FPS_RULE = "nearest frames at min(source fps, fps)"
+_FINGERPRINT_EDGE_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class PrecomputePlan:
+    """All that decides the bytes of a cache, and how the work is spread; plain values, sent to the actors.
+
+    Args:
+        sources: what to read.
+        precompute: where to, sizes, rates, workers, retries.
+        codec: frames to latents.
+        text_encoder: captions to embeddings.
+    """
+
+    sources: tuple[SourceSettings, ...]
+    precompute: PrecomputeSettings
+    codec: CodecSettings
+    text_encoder: TextEncoderSettings
+
+    @property
+    def decode_rule(self) -> DecodeRule:
+        """How clips are cut."""
+        buckets = tuple((bucket.height_px, bucket.width_px) for bucket in self.precompute.buckets)
+        return DecodeRule(buckets, self.precompute.num_frames, self.precompute.fps)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One raw shard to do.
+
+    Args:
+        source: name of the source.
+        media: video or image.
+        path: of the raw shard.
+        name: of the output shard, unique in the cache.
+        fingerprint: of the input's bytes and of every setting that decides the output.
+    """
+
+    source: str
+    media: str
+    path: str
+    name: str
+    fingerprint: str
+
+
+@dataclass
+class ShardOutcome:
+    """What became of a shard's clips; stored in its index fragment.
+
+    Args:
+        source: name of the source.
+        fingerprint: see `ShardTask`.
+        kept: records written.
+        filtered: clips dropped, by reason.
+        quarantined: clips that failed: key, shard (file name), source, error.
+        num_cut_captions: captions longer than the text encoder takes.
+    """
+
+    source: str
+    fingerprint: str
+    kept: int = 0
+    filtered: dict[str, int] = field(default_factory=dict)
+    quarantined: list[dict[str, str]] = field(default_factory=list)
+    num_cut_captions: int = 0
+
+    @property
+    def num_clips(self) -> int:
+        """Clips seen."""
+        return self.kept + sum(self.filtered.values()) + len(self.quarantined)
+
+
+def describe_cache(plan: PrecomputePlan) -> dict[str, Any]:
+    """The part of the manifest that decides the records' bytes; two caches with equal ones are exchangeable."""
+    codec, text_encoder = build_codec(plan.codec), build_text_encoder(plan.text_encoder)
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": codec.fingerprint() | text_encoder.fingerprint(),
+        "normalization": codec.normalization.to_json(),
+        "spatial_stride": codec.spatial_stride,
+        "temporal_stride": codec.temporal_stride,
+        "latent_channels": codec.latent_channels,
+        "frame_rule": FRAME_RULE,
+        "fps_rule": FPS_RULE,
+        "resize_rule": RESIZE_RULE,
+        "num_frames": plan.precompute.num_frames,
+        "min_frames": plan.precompute.min_frames,
+        "fps": plan.precompute.fps,
+        "buckets": [[bucket.height_px, bucket.width_px] for bucket in plan.precompute.buckets],
+    }
+
+
+def require_same_settings(cache: str, manifest: dict[str, Any], description: dict[str, Any]) -> None:
+    """Check that a cache that is there was made with the settings of this run.
+
+    Raises:
+        DataError: naming each field that differs, with both values.
+    """
+    require_fingerprint(cache, manifest, description["fingerprint"])
+    differing = [name for name in description if manifest.get(name) != description[name]]
+    if differing:
+        lines = "; ".join(f"{name}: cache {manifest.get(name)!r}, config {description[name]!r}" for name in differing)
+        raise DataError(f"{cache}: holds a cache of other settings ({lines}); give precompute.cache another folder.")
+
+
+def plan_tasks(plan: PrecomputePlan, description: dict[str, Any]) -> list[ShardTask]:
+    """List every shard of every source as a task.
+
+    Raises:
+        DataError: a shard is missing.
+    """
+    shards = [(source, path) for source in plan.sources for path in list_shards(source.shards)]
+    names = _output_names(shards)
+    tasks = []
+    for (source, path), name in zip(shards, names, strict=True):
+        settings = {"description": description, "media": source.media, "input": _input_fingerprint(path)}
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+        tasks.append(ShardTask(source.name, source.media, path, name, digest))
+    return tasks
+
+
+def _output_names(shards: list[tuple[SourceSettings, str]]) -> list[str]:
+    """`<source>-<shard>`; shards of one name in several folders also get a hash of their path."""
+    plain = [f"{source.name}-{path.rsplit('/', 1)[-1].removesuffix('.tar')}" for source, path in shards]
+    twice = {name for name, count in Counter(plain).items() if count > 1}
+    hashes = [hashlib.blake2b(path.encode(), digest_size=4).hexdigest() for _, path in shards]
+    return [f"{name}-{digest}" if name in twice else name for name, digest in zip(plain, hashes, strict=True)]
+
+
+def _input_fingerprint(path: str) -> str:
+    """Size and both ends of a shard: cheap for terabytes; a change inside of equal size is not seen."""
+    size = storage.size_bytes(path)
+    edge = min(size, _FINGERPRINT_EDGE_BYTES)
+    ends = storage.read_bytes(path, 0, edge) + storage.read_bytes(path, size - edge, edge)
+    return f"{size}-{hashlib.blake2b(ends, digest_size=16).hexdigest()}"
+
+
+def committed_outcome(cache: str, task: ShardTask) -> ShardOutcome | None:
+    """The outcome of a shard that is committed with this very input and settings, else None."""
+    path = index_path(cache, task.name)
+    if not storage.exists(path):
+        return None
+    rows, notes = read_index(path)
+    if notes["fingerprint"] != task.fingerprint or (rows and not storage.exists(shard_path(cache, task.name))):
+        return None
+    return ShardOutcome(**notes)
+
+
+def describe_plan(plan: PrecomputePlan) -> str:
+    """What a run would do, as a table; reads shard headers, writes nothing.
+
+    Raises:
+        DataError: a shard is missing or is no tar; the cache has other settings.
+    """
+    description = describe_cache(plan)
+    existing = read_manifest(plan.precompute.cache)
+    if existing is not None:
+        require_same_settings(plan.precompute.cache, existing, description)
+    tasks = plan_tasks(plan, description)
+    largest = max(plan.precompute.buckets, key=lambda bucket: bucket.height_px * bucket.width_px)
+    grid = largest.height_px * largest.width_px // description["spatial_stride"] ** 2
+    longest = (plan.precompute.num_frames - 1) // description["temporal_stride"] + 1
+    lines, total = [f"{'source':<20}{'shards':>8}{'to do':>8}{'clips':>10}{'at most MiB':>14}"], 0.0
+    for source in plan.sources:
+        of_source = [task for task in tasks if task.source == source.name]
+        todo = sum(committed_outcome(plan.precompute.cache, task) is None for task in of_source)
+        clips = sum(count_records(task.path) for task in of_source)
+        latents = longest if source.media == "video" else 1
+        mib = clips * latents * grid * description["latent_channels"] * 2 / 2**20
+        total += mib
+        lines.append(f"{source.name:<20}{len(of_source):>8}{todo:>8}{clips:>10}{mib:>14.1f}")
+    lines.append(f"latents of the whole cache: at most {total:.1f} MiB in {plan.precompute.cache}, text beside it")
+    return "\n".join(lines)
