@@ -147,6 +147,14 @@ def test_a_sync_group_shares_one_video_and_trains_its_units(cache_folder: str) -
     assert len({slot.seed for slot in slots}) == len(slots)
 
 
+def test_a_group_smaller_than_the_clip_reaches_every_unit_at_every_pyramid_stage(cache_folder: str) -> None:
+    loader = make_loader(cache_folder, sync_group=2)
+    loader.load_state_dict({**loader.state_dict(), "next_step": 4})
+    loader.enter(1, 4)
+    slots = [slot for slot in slots_of(take(loader, 30)) if slot.source == "vid"]
+    assert {(slot.unit, slot.pyramid_stage) for slot in slots} == {(u, k) for u in (1, 2, 3, 4) for k in (0, 1, 2)}
+
+
 def test_latents_are_the_prefix_that_ends_at_the_unit(cache_folder: str) -> None:
     loader = make_loader(cache_folder)
     loader.load_state_dict({**loader.state_dict(), "next_step": 4})
