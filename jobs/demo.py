@@ -29,6 +29,8 @@ from m4v_dist.report.run_folder import read_metrics
 CONFIG = "jobs/configs/demo.toml"
 CLIP_LIST = str(Path(__file__).parent / "configs" / "demo_clips.json")
 CLIPS_PER_SHARD = 11
+MIN_REDONE_STEPS = 5
+"""Steps after a checkpoint before the kill: what is lost, done again, and compared."""
 POLL_S = 0.05
 """Pause between two looks at a step that runs: shorter than a training step, so that the kill falls where it should."""
 
@@ -100,7 +102,7 @@ class Demo:
         moment = KillMoment(
             curriculum_stage=stage.name,
             min_stage_steps=stage.num_steps // 2,
-            min_steps_after_checkpoint=3,
+            min_steps_after_checkpoint=MIN_REDONE_STEPS,
             max_steps_after_checkpoint=self._config.trainer.checkpoint_every_steps - 2,
         )
         killer = WorkerKiller(self._folder, moment)

@@ -42,6 +42,8 @@ def sample(config: RunConfig, dry_run: bool) -> str:
             f"would sample {len(prompts)} videos of {config.sampling.num_latents} latents, {grid[0]} x {grid[1]} each"
         )
     path = choose_checkpoint(config)
+    # As in training: on a busy machine more threads than free cores wait for one another.
+    torch.set_num_threads(config.trainer.num_threads)
     model = _load_model(config, path)
     folder = storage.join(config.run.folder, "samples")
     entries: list[dict[str, Any]] = []

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.demo import MIN_REDONE_STEPS
 from m4v_dist.config.load import config_from_json, config_to_json, load_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.model.build import build_on_meta
@@ -49,5 +50,5 @@ def test_the_demo_kills_in_a_stage_that_has_room_for_it() -> None:
     """The kill waits for half of the last stage and falls between two checkpoints."""
     config = _load(next(path for path in CONFIGS if path.name == "demo.toml"))
     every = config.trainer.checkpoint_every_steps
-    assert every >= 6 and config.curriculum[-1].num_steps // 2 >= 2 * every
+    assert every >= 2 * MIN_REDONE_STEPS and config.curriculum[-1].num_steps // 2 >= 2 * every
     assert config.logging.every_steps == 1 and config.launch.num_workers == 2 and config.launch.max_failures >= 1
