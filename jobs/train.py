@@ -20,7 +20,7 @@ from m4v_dist import storage
 from m4v_dist.config.load import config_from_json, config_to_json
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
-from m4v_dist.frozen.text_encoder import build_text_encoder
+from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.launch.ray_workers import ray_session, run_workers
 from m4v_dist.model.build import build_model, build_on_meta
@@ -153,7 +153,7 @@ def check_data(config: RunConfig) -> LatentLoader:
         DataError: see `LatentCache.open` and `LatentLoader.enter`.
     """
     codec = build_codec(config.codec)
-    fingerprint = codec.fingerprint() | build_text_encoder(config.text_encoder).fingerprint()
+    fingerprint = codec.fingerprint() | text_encoder_fingerprint(config.text_encoder)
     cache = LatentCache.open(config.precompute.cache, fingerprint)
     if codec.latent_channels != config.model.latent_channels:
         raise ConfigError(

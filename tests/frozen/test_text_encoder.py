@@ -7,7 +7,7 @@ import torch
 
 from m4v_dist.config.schema import TextEncoderSettings
 from m4v_dist.errors import ConfigError
-from m4v_dist.frozen.text_encoder import TextEncoder, build_text_encoder
+from m4v_dist.frozen.text_encoder import TextEncoder, build_text_encoder, text_encoder_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +50,7 @@ def test_the_fingerprint_names_weights_and_limit(encoder: TextEncoder) -> None:
 def test_a_folder_without_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="config.json is missing"):
         build_text_encoder(TextEncoderSettings(weights=str(tmp_path)))
+
+
+def test_the_fingerprint_known_without_the_package_is_that_of_its_files(encoder: TextEncoder) -> None:
+    assert text_encoder_fingerprint(TextEncoderSettings()) == encoder.fingerprint()
