@@ -67,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage, config in zip((1, 2, 3), configs["killed"], strict=True):
         folder = f"{base}/killed/zero{stage}"
         answers = run_ranks(
-            _train, 2, [config], watch=lambda ranks, f=folder: kill_rank_1(f, lambda: ranks[1].poll() is None)
+            _train, 2, [config], watch=lambda ranks, f=folder: kill_rank_1(f, lambda: ranks[1].is_alive())
         )
         assert answers == [None, None], "both ranks ended well, so nothing was killed"
     assert run_ranks(_train, 2, configs["killed"]) == [[TOTAL] * 3] * 2
