@@ -5,6 +5,7 @@ and file names is escaped by the template engine; only the SVG of `plots.py` is 
 """
 
 import base64
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -152,7 +153,8 @@ def _video_url(run_folder: str, subfolder: str, file: str) -> str:
 
 def versions() -> dict[str, str]:
     """Python, machine, and the packages that matter, as installed where the report is made."""
-    found = {"Python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    found = {"Python": platform.python_version(), "machine": machine}
     for package in VERSIONED_PACKAGES:
         try:
             found[package] = metadata.version(package)
