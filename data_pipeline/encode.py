@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipeline.decode import DecodedClip
 from m4v_dist.batch import TextFeatures
+from m4v_dist.errors import OutOfMemoryJobError
 from m4v_dist.frozen.text_encoder import TextEncoder
 from m4v_dist.frozen.video_vae import Codec, frames_from_uint8
 
@@ -46,10 +47,17 @@ class ClipEncoder:
 
         Raises:
             EncodeError: the latents are not finite.
+            OutOfMemoryJobError: the clip does not fit the device.
         """
-        # frombuffer's memory is read-only; torch wants to own what it gets
-        frames = torch.from_numpy(clip.frames.copy()).to(self._device)
-        latents = self._codec.encode(frames_from_uint8(frames)).to("cpu", torch.bfloat16)
+        try:
+            # frombuffer's memory is read-only; torch wants to own what it gets
+            frames = torch.from_numpy(clip.frames.copy()).to(self._device)
+            latents = self._codec.encode(frames_from_uint8(frames)).to("cpu", torch.bfloat16)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryJobError(
+                f"encoding {clip.frames.shape} frames on {self._device}: {str(error).splitlines()[0]}; lower "
+                "precompute.num_frames or the bucket, or give an actor a whole GPU by precompute.gpus_per_actor."
+            ) from error
         if not bool(torch.isfinite(latents).all()):
             raise EncodeError(f"{int((~torch.isfinite(latents)).sum())} of {latents.numel()} latents are not finite")
         (text,) = self._text_encoder.encode([caption])

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -44,11 +44,14 @@ from data_pipeline.precompute_plan import (
 )
 from data_pipeline.precompute_report import write_report
 from m4v_dist import storage
-from m4v_dist.errors import DataError, JobError
+from m4v_dist.config.schema import PrecomputeSettings
+from m4v_dist.errors import DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError
 from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_vae import build_codec
 
 LOG = logging.getLogger(__name__)
+_MAX_WORKER_LOSSES = 8
+"""How often a shard may lose its worker; Ray Data's own rule, for ever, would never end at one that eats all memory."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def run_precompute(plan: PrecomputePlan, start_workers: Callable[[], None]) -> P
     Raises:
         DataError: a shard is missing, the cache was made with other settings, no clip was kept, or more than
             `max_bad_fraction` of the clips are quarantined (the report is written first).
+        OutOfMemoryJobError: a clip does not fit the device that encodes it.
+        RetriesExhaustedError: one shard lost its worker too often.
     """
     started = time.monotonic()
     cache = plan.precompute.cache
@@ -106,7 +111,9 @@ def _remove_leftovers(cache: str) -> None:
 
 def _run_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
     """Run the pending shards through an actor pool; returns outcomes by output name."""
+    import ray
     import ray.data
+    from ray.exceptions import RayActorError
 
     context = ray.data.DataContext.get_current()
     # our own bar counts shards; Ray's would count blocks beside it
@@ -122,11 +129,34 @@ def _run_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, Sha
         compute=ray.data.ActorPoolStrategy(size=min(settings.num_actors, len(pending))),
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor or None,
+        max_task_retries=_MAX_WORKER_LOSSES,
     )
+    _warn_if_no_actor_fits(settings, ray.cluster_resources())
     done: dict[str, ShardOutcome] = {}
     failures: list[str] = []
-    with tqdm(total=len(pending), desc="precompute", unit="shard") as bar:
-        for row in outcomes.iter_rows():
+    try:
+        _collect(outcomes.iter_rows(), len(pending), done, failures)
+    except RayActorError as error:
+        raise RetriesExhaustedError(
+            f"precompute: one shard lost its worker more than {_MAX_WORKER_LOSSES} times (out of memory, or its node "
+            f"gone); {len(done)} of {len(pending)} shards are committed. Give an actor more memory by fewer "
+            "precompute.num_actors, see Ray's logs, and run the same command again."
+        ) from error
+    if failures:
+        kind = OutOfMemoryJobError if any(OutOfMemoryJobError.__name__ in line for line in failures) else DataError
+        raise kind(
+            f"precompute: {len(failures)} of {len(pending)} shards could not be done ({failures[0]}); "
+            "the others are committed: mend the cause and run the same command again."
+        )
+    return done
+
+
+def _collect(
+    rows: Iterable[dict[str, Any]], num_shards: int, done: dict[str, ShardOutcome], failures: list[str]
+) -> None:
+    """Gather what the actors report, with a progress bar; fills `done` and `failures` as it goes."""
+    with tqdm(total=num_shards, desc="precompute", unit="shard") as bar:
+        for row in rows:
             if row["error"]:
                 failures.append(f"{row['name']}: {row['error']}")
             else:
@@ -136,12 +166,14 @@ def _run_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, Sha
                 kept=sum(outcome.kept for outcome in done.values()),
                 bad=sum(len(outcome.quarantined) for outcome in done.values()),
             )
-    if failures:
-        raise DataError(
-            f"precompute: {len(failures)} of {len(pending)} shards could not be read or written ({failures[0]}); "
-            "the others are committed: mend the cause and run the same command again."
-        )
-    return done
+
+
+def _warn_if_no_actor_fits(settings: PrecomputeSettings, present: Mapping[str, float]) -> None:
+    """Say why nothing starts, where a fixed cluster would wait for ever; one that grows may still get there."""
+    for name, wanted in (("CPU", settings.cpus_per_actor), ("GPU", settings.gpus_per_actor)):
+        if present.get(name, 0.0) < wanted:
+            LOG.warning("an actor wants %g %s, the cluster has %g: waiting for it to grow", wanted, name,
+                        present.get(name, 0.0))  # fmt: skip
 
 
 class ShardActor:

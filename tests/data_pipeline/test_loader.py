@@ -236,6 +236,20 @@ def test_a_damaged_record_is_replaced_by_the_same_one_on_any_ranks(tmp_path: Pat
     assert by_index(split) == found
 
 
+def test_a_damaged_video_is_replaced_by_one_video_for_its_whole_group(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    damage(folder, "vid", 4)
+    found: list[Slot] = []
+    for rank in range(4):
+        loader = make_loader(folder, rank, 4)
+        loader.load_state_dict({**loader.state_dict(), "next_step": 4})
+        loader.enter(1, 4)
+        found += slots_of(take(loader, 12))
+    slots = by_index(found)
+    groups = [slots[start : start + 4] for start in range(0, len(slots), 4) if slots[start].source == "vid"]
+    assert all(len({slot.record for slot in group}) == 1 and group[0].record != 4 for group in groups)
+
+
 def test_too_many_damaged_records_end_the_run(tmp_path: Path) -> None:
     folder = make_cache(str(tmp_path), SOURCES)
     names = [damage(folder, "img", position) for position in (1, 2, 5)]
