@@ -1,5 +1,12 @@
-"""Run a function in several gloo ranks of this machine, without Ray; return what each rank returned."""
+"""Run a function in several gloo ranks of this machine, without Ray; return what each rank returned.
 
+Ranks are forked from one server that has imported torch, deepspeed and our own modules already: importing them anew in
+each process costs more than most tests. `run_fresh_ranks` takes new interpreters.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.process
 import os
 import pickle
 import socket
@@ -7,24 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
+_PRELOAD = ["torch.distributed.checkpoint", "deepspeed", "jobs.train", "transformers", "tests.trainer.toy", "pytest"]
+_BASE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
 
-_CHILD = """
-import os, pickle, sys
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-with open(sys.argv[1], "rb") as file:
-    function, arguments = pickle.load(file)
-dist.init_process_group("gloo")
-answer = function(*arguments)
-dist.destroy_process_group()
-with open(sys.argv[1] + "." + os.environ["RANK"], "wb") as file:
-    pickle.dump(answer, file)
-"""
+Ranks = Sequence[multiprocessing.process.BaseProcess]
 
 
 def free_port() -> int:
@@ -34,31 +32,45 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_ranks(task: str, world_size: int, **environment: str) -> list[subprocess.Popen[str]]:
-    """Start the ranks of a pickled task and return their processes."""
-    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
-    base |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **environment}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", _CHILD, task],
-            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        for rank in range(world_size)
-    ]
+def rank_main(task: str, environment: Mapping[str, str]) -> None:
+    """One rank: output to `<task>.<rank>.log`, answer to `<task>.<rank>`."""
+    os.environ.update(environment)
+    rank = environment["RANK"]
+    log = os.open(f"{task}.{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    function, arguments = pickle.loads(Path(task).read_bytes())
+    dist.init_process_group("gloo")
+    answer = function(*arguments)
+    dist.destroy_process_group()
+    Path(f"{task}.{rank}").write_bytes(pickle.dumps(answer))
+
+
+def _fork_ranks(task: str, environments: list[dict[str, str]]) -> Ranks:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    before = dict(os.environ)
+    # Read when the libraries are imported, which the server does once.
+    os.environ.update(_BASE)
+    multiprocessing.forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+    ranks = [context.Process(target=rank_main, args=(task, environment)) for environment in environments]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
 def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *arguments: Any,
-    environment: dict[str, str] | None = None,
-    watch: Callable[[list[subprocess.Popen[str]]], None] | None = None,
-    timeout_s: float = 180,
+    watch: Callable[[Ranks], None] | None = None,
+    timeout_s: float = 240,
 ) -> list[Any]:
     """Run `function(*arguments)` on every rank and return the answers; None for a rank that gave none.
 
@@ -69,17 +81,47 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         task = f"{folder}/task"
         Path(task).write_bytes(pickle.dumps((function, arguments)))
-        processes = start_ranks(task, world_size, **(environment or {}))
+        ranks = _fork_ranks(task, _environments(world_size))
+        deadline = time.monotonic() + timeout_s
         try:
             if watch is not None:
-                watch(processes)
-            deadline = time.monotonic() + timeout_s
-            outputs = [process.communicate(timeout=deadline - time.monotonic())[0] for process in processes]
+                watch(ranks)
+            for rank in ranks:
+                rank.join(max(0.1, deadline - time.monotonic()))
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+        if watch is None:
+            codes = [rank.exitcode for rank in ranks]
+            logs = [Path(f"{task}.{rank}.log").read_text(errors="replace")[-4000:] for rank in range(world_size)]
+            assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(logs)
+        answers = [Path(f"{task}.{rank}") for rank in range(world_size)]
+        return [pickle.loads(path.read_bytes()) if path.exists() else None for path in answers]
+
+
+def run_fresh_ranks(
+    function: Callable[..., Any], world_size: int, environment: Mapping[str, str], timeout_s: float = 180
+) -> list[Any]:
+    """The same in new interpreters, with exactly this environment besides the ranks' own variables."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = f"{folder}/task"
+        Path(task).write_bytes(pickle.dumps((function, ())))
+        code = "import os, sys; from tests.trainer.ranks import rank_main; rank_main(sys.argv[1], dict(os.environ))"
+        processes = [
+            subprocess.Popen([sys.executable, "-c", code, task], env={**environment, **own, "PYTHONPATH": str(ROOT)})
+            for own in _environments(world_size)
+        ]
+        try:
+            codes = [process.wait(timeout_s) for process in processes]
         finally:
             for process in processes:
                 process.kill()
-        if watch is None:
-            codes = [process.returncode for process in processes]
-            assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(text[-4000:] for text in outputs)
-        answers = [Path(f"{task}.{rank}") for rank in range(world_size)]
-        return [pickle.loads(path.read_bytes()) if path.exists() else None for path in answers]
+        logs = [Path(f"{task}.{rank}.log").read_text(errors="replace")[-4000:] for rank in range(world_size)]
+        assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(logs)
+        return [pickle.loads(Path(f"{task}.{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _environments(world_size: int) -> list[dict[str, str]]:
+    shared = {**_BASE, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
