@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -50,8 +51,9 @@ from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_vae import build_codec
 
 LOG = logging.getLogger(__name__)
-_MAX_WORKER_LOSSES = 8
-"""How often a shard may lose its worker; Ray Data's own rule, for ever, would never end at one that eats all memory."""
+ATTEMPTS = "attempts"
+"""Folder of the cache with a note for each shard that is being done."""
+_MAX_WORKER_LOSSES = 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def run_precompute(plan: PrecomputePlan, start_workers: Callable[[], None]) -> P
 
 
 def _remove_leftovers(cache: str) -> None:
-    """Remove temporary files that a killed run left beside the shards and fragments."""
+    """Remove temporary files and notes of attempts that a killed run left."""
+    storage.remove(storage.join(cache, ATTEMPTS))
     for folder in ("shards", "index"):
         for name in storage.list_folder(storage.join(cache, folder)):
             if ".tmp-" in name:
@@ -113,7 +116,6 @@ def _run_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, Sha
     """Run the pending shards through an actor pool; returns outcomes by output name."""
     import ray
     import ray.data
-    from ray.exceptions import RayActorError
 
     context = ray.data.DataContext.get_current()
     # our own bar counts shards; Ray's would count blocks beside it
@@ -129,36 +131,30 @@ def _run_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, Sha
         compute=ray.data.ActorPoolStrategy(size=min(settings.num_actors, len(pending))),
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor or None,
-        max_task_retries=_MAX_WORKER_LOSSES,
     )
     _warn_if_no_actor_fits(settings, ray.cluster_resources())
     done: dict[str, ShardOutcome] = {}
-    failures: list[str] = []
-    try:
-        _collect(outcomes.iter_rows(), len(pending), done, failures)
-    except RayActorError as error:
-        raise RetriesExhaustedError(
-            f"precompute: one shard lost its worker more than {_MAX_WORKER_LOSSES} times (out of memory, or its node "
-            f"gone); {len(done)} of {len(pending)} shards are committed. Give an actor more memory by fewer "
-            "precompute.num_actors, see Ray's logs, and run the same command again."
-        ) from error
+    failures: dict[str, str] = {}
+    _collect(outcomes.iter_rows(), len(pending), done, failures)
     if failures:
-        kind = OutOfMemoryJobError if any(OutOfMemoryJobError.__name__ in line for line in failures) else DataError
-        raise kind(
-            f"precompute: {len(failures)} of {len(pending)} shards could not be done ({failures[0]}); "
+        name, first = next(iter(failures.items()))
+        kinds = (kind for kind in (OutOfMemoryJobError, RetriesExhaustedError) if first.startswith(kind.__name__))
+        raise next(kinds, DataError)(
+            f"precompute: {len(failures)} of {len(pending)} shards could not be done ({name}: {first}); "
             "the others are committed: mend the cause and run the same command again."
         )
+    storage.remove(storage.join(plan.precompute.cache, ATTEMPTS))
     return done
 
 
 def _collect(
-    rows: Iterable[dict[str, Any]], num_shards: int, done: dict[str, ShardOutcome], failures: list[str]
+    rows: Iterable[dict[str, Any]], num_shards: int, done: dict[str, ShardOutcome], failures: dict[str, str]
 ) -> None:
     """Gather what the actors report, with a progress bar; fills `done` and `failures` as it goes."""
     with tqdm(total=num_shards, desc="precompute", unit="shard") as bar:
         for row in rows:
             if row["error"]:
-                failures.append(f"{row['name']}: {row['error']}")
+                failures[row["name"]] = row["error"]
             else:
                 done[row["name"]] = ShardOutcome(**json.loads(row["outcome"]))
             bar.update()
@@ -197,12 +193,33 @@ class ShardActor:
             outcome, error = "", ""
             # storage that fails costs this shard, not the run's other shards; the driver ends the job with its error
             try:
-                outcome = json.dumps(asdict(self.run(task)))
+                with self._counted_attempt(task):
+                    outcome = json.dumps(asdict(self.run(task)))
             except (JobError, OSError) as problem:
                 error = f"{type(problem).__name__}: {problem}"
             for column, value in (("name", task.name), ("outcome", outcome), ("error", error)):
                 rows[column].append(value)
         return rows
+
+    @contextmanager
+    def _counted_attempt(self, task: ShardTask) -> Iterator[None]:
+        """Count how often a worker died in a shard, by a note that only a death leaves behind.
+
+        Ray Data gives a lost actor's task to another for ever, which would never end at a shard that eats all memory.
+
+        Raises:
+            RetriesExhaustedError: it died `_MAX_WORKER_LOSSES` times in this run.
+        """
+        note = storage.join(self._plan.precompute.cache, ATTEMPTS, task.name)
+        losses = int(storage.read_bytes(note)) if storage.exists(note) else 0
+        if losses >= _MAX_WORKER_LOSSES:
+            raise RetriesExhaustedError(
+                f"{task.path}: its worker died {losses} times (out of memory, or its node gone); give an actor more "
+                "memory by fewer precompute.num_actors, and see Ray's logs."
+            )
+        storage.write_bytes(note, str(losses + 1).encode())
+        yield
+        storage.remove(note)
 
     def run(self, task: ShardTask) -> ShardOutcome:
         """Do one shard and commit it."""

@@ -1,6 +1,8 @@
 """The precompute: quarantine and neighbours, nothing to do the second time, equal bytes, refusals, Ray."""
 
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,20 @@ def test_a_cache_of_other_settings_is_refused_by_the_field(
     with pytest.raises(DataError, match=r"fps: cache 24.0, config 6.0"):
         run_here(make_plan(shards, tmp_path / "cache", fps=6.0), monkeypatch)
     assert times(tmp_path / "cache") == before
+
+
+def test_a_shard_whose_worker_died_too_often_is_given_up(shards: str, tmp_path: Path) -> None:
+    plan = make_plan(shards, tmp_path / "cache")
+    task = plan_tasks(plan, {})[0]
+    actor = ShardActor(plan)
+    note = tmp_path / "cache" / "attempts" / task.name
+    note.parent.mkdir(parents=True)
+    note.write_text("3")  # as three workers leave it that were killed in this shard
+    batch = {"task": [json.dumps(asdict(task))]}
+    assert actor(batch)["error"] == [""] and not note.exists()
+    note.write_text("4")
+    assert actor(batch)["error"][0].startswith("RetriesExhaustedError: ") and task.path in actor(batch)["error"][0]
+    actor._pool.close()
 
 
 def test_no_clip_kept_is_an_error(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
