@@ -44,7 +44,7 @@ def rank_main(task: str, environment: Mapping[str, str]) -> None:
 
     torch.set_num_threads(1)
     function, arguments = pickle.loads(Path(task).read_bytes())
-    dist.init_process_group("gloo")
+    dist.init_process_group("nccl" if environment["DS_ACCELERATOR"] == "cuda" else "gloo")
     answer = function(*arguments)
     dist.destroy_process_group()
     Path(f"{task}.{rank}").write_bytes(pickle.dumps(answer))
@@ -101,15 +101,22 @@ def run_ranks(
 
 
 def run_fresh_ranks(
-    function: Callable[..., Any], world_size: int, environment: Mapping[str, str], timeout_s: float = 180
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    environment: Mapping[str, str],
+    timeout_s: float = 180,
 ) -> list[Any]:
-    """The same in new interpreters, with exactly this environment besides the ranks' own variables."""
+    """The same in new interpreters, with exactly this environment besides the ranks' own variables.
+
+    With DS_ACCELERATOR=cuda in it the ranks use NCCL.
+    """
     with tempfile.TemporaryDirectory() as folder:
         task = f"{folder}/task"
-        Path(task).write_bytes(pickle.dumps((function, ())))
+        Path(task).write_bytes(pickle.dumps((function, arguments)))
         code = "import os, sys; from tests.trainer.ranks import rank_main; rank_main(sys.argv[1], dict(os.environ))"
         processes = [
-            subprocess.Popen([sys.executable, "-c", code, task], env={**environment, **own, "PYTHONPATH": str(ROOT)})
+            subprocess.Popen([sys.executable, "-c", code, task], env={**own, **environment, "PYTHONPATH": str(ROOT)})
             for own in _environments(world_size)
         ]
         try:

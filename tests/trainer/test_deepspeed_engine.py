@@ -144,7 +144,7 @@ def test_the_engine_runs_without_a_compiler(tmp_path: Path) -> None:
     empty = tmp_path / "bin"
     empty.mkdir()
     environment = {"PATH": str(empty), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "HOME": str(tmp_path)}
-    answers = run_fresh_ranks(_one_step, 2, environment)
+    answers = run_fresh_ranks(_one_step, 2, environment=environment)
     assert all(norm is not None and norm > 0 for norm in answers)
     assert not (tmp_path / "extensions").exists(), "an extension was built"
 
