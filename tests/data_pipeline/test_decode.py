@@ -81,7 +81,7 @@ def bad_files() -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", sorted(bad_files()))
+@pytest.mark.parametrize("name", ["empty", "random", "html", "half", "head only", "no frames", "transport stream"])
 def test_a_bad_file_gives_a_printable_error(name: str) -> None:
     with pytest.raises(DecodeError) as caught:
         decode_clip(bad_files()[name], "mp4", RULE)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from data_pipeline import pipeline
 from data_pipeline.latent_cache import CorruptRecordError, LatentCache
@@ -26,6 +25,9 @@ from tests.data_pipeline.made_cache import moving_blocks
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    # Here, not above: a GPU host that runs the gpu tests alone has no moto to collect this file with.
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
