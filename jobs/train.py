@@ -22,6 +22,7 @@ from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
+from m4v_dist.launch.progress import TrainingProgress
 from m4v_dist.launch.ray_workers import ray_session, run_workers
 from m4v_dist.model.build import build_model, build_on_meta
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
@@ -61,6 +62,7 @@ def train(config: RunConfig, dry_run: bool) -> str:
     notes = storage.join(config.run.folder, "attempts", "ray")
     # Left before the last line is printed: the workers' log comes first, the job's answer last.
     with ray_session(config.launch):
+        with TrainingProgress(config.run.folder, config.total_steps, step):
         result = run_workers(train_on_rank, {"config": config_to_json(config)}, config.launch, config.run.name, notes)
     loss = result["held_out_loss"]
     held_out = "" if loss is None else f", held-out loss {loss:.4f}"
