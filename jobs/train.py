@@ -61,8 +61,7 @@ def train(config: RunConfig, dry_run: bool) -> str:
         return f"nothing to do: {config.run.folder} is trained to its last step {step}"
     notes = storage.join(config.run.folder, "attempts", "ray")
     # Left before the last line is printed: the workers' log comes first, the job's answer last.
-    with ray_session(config.launch):
-        with TrainingProgress(config.run.folder, config.total_steps, step):
+    with ray_session(config.launch), TrainingProgress(config.run.folder, config.total_steps, step):
         result = run_workers(train_on_rank, {"config": config_to_json(config)}, config.launch, config.run.name, notes)
     loss = result["held_out_loss"]
     held_out = "" if loss is None else f", held-out loss {loss:.4f}"
