@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m4v_dist.config.schema import LaunchSettings
-from m4v_dist.errors import JobError, RetriesExhaustedError
+from m4v_dist.errors import JobError, PreemptedError, RetriesExhaustedError
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +253,9 @@ def _run_one_rank(task: dict[str, Any]) -> Any:
         summary, lines = f"{type(error).__name__}: {error}", traceback.format_exc()
         job_error = error if isinstance(error, JobError) else None
         ray.get(verdict.record.remote(rank, where, summary, lines, job_error))
+        if isinstance(error, PreemptedError):
+            # Raised by all ranks together, so none is left waiting: no restart only to find that the run has ended.
+            return None
         raise
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from m4v_dist.config.schema import LaunchSettings
-from m4v_dist.errors import DataError, RetriesExhaustedError
+from m4v_dist.errors import DataError, PreemptedError, RetriesExhaustedError
 from m4v_dist.launch.ray_workers import run_workers, start_ray, stop_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -71,6 +73,25 @@ def test_a_killed_worker_restarts_the_group_and_rank_0_answers(tmp_path: Path) -
 def test_a_data_error_of_one_rank_ends_the_run_as_itself_without_a_retry(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="shard 7 is gone"):
         run_workers(_data_error_on_rank_1, {"folder": str(tmp_path)}, SETTINGS, "data", str(tmp_path / "ray"))
+    assert len(list(tmp_path.glob("start_*"))) == 1
+
+
+def _until_asked_to_stop(config: dict[str, Any], should_stop: Callable[[], bool]) -> None:
+    _note(config)
+    while not should_stop():
+        time.sleep(0.1)
+    raise PreemptedError("saved")
+
+
+def test_sigterm_to_the_driver_lets_the_workers_save_and_end_once(tmp_path: Path) -> None:
+    def terminate() -> None:
+        while not list(tmp_path.glob("start_*")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    with pytest.raises(PreemptedError, match="saved"):
+        run_workers(_until_asked_to_stop, {"folder": str(tmp_path)}, SETTINGS, "stop", str(tmp_path / "ray"))
     assert len(list(tmp_path.glob("start_*"))) == 1
 
 
