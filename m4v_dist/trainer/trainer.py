@@ -42,7 +42,7 @@ class TrainResult:
 
     Args:
         step: optimizer steps done in all.
-        held_out_loss: at the end; None when it is switched off.
+        held_out_loss: at the end; None when it is switched off, or when this attempt had no step to do.
         checkpoint: path of the last one.
     """
 
@@ -84,6 +84,7 @@ class Trainer:
         self.ledger = Ledger()
         self.clock = Clock()
         self.saved: str | None = None
+        self.held_out_loss: float | None = None
         self.metrics: Metrics | None = None
         self.engine: ZeroEngine
         self.ema: Ema
@@ -98,19 +99,16 @@ class Trainer:
         """
         self.saved, self.ledger, self.metrics = begin_attempt(self.config, self.mesh)
         self.step = 0 if self.saved is None else checkpoint.step_of(self.saved)
-        held_out: float | None = None
         while (phase := phase_at(self.config.curriculum, self.step)) is not None:
             self._enter(phase)
             if self.step == 0:
-                held_out = self._validate()
+                self._validate()
             self._train_phase(phase)
-            if phase.stop == self.config.total_steps:
-                held_out = self._validate()
             self.loader.close()
             self.engine.close()
         self._end_attempt()
         assert self.saved is not None, "the curriculum has at least one step, and its end is saved"
-        return TrainResult(self.step, held_out, self.saved)
+        return TrainResult(self.step, self.held_out_loss, self.saved)
 
     # ---- phases
 
@@ -137,6 +135,9 @@ class Trainer:
         batches = self.loader.steps()
         while self.step < phase.stop:
             self._train_step(phase, batches)
+            if self.step == self.config.total_steps:
+                # Before the last commit: a kill between the two would leave a finished run without its figure.
+                self.held_out_loss = self._validate()
             wants_stop = self.mesh.from_main(self.should_stop())
             if self.step % every.checkpoint_every_steps == 0 or self.step == phase.stop or wants_stop:
                 self._save(phase)
