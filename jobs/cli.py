@@ -16,9 +16,20 @@ from m4v_dist.errors import ConfigError, JobError
 
 Verb = Callable[[RunConfig, bool], str]
 """A verb takes the run's config and whether this is a dry run, and returns one line that says what was done."""
+Preflight = Callable[[RunConfig], None]
+"""Checks a config before anything is written, the run folder's `result.json` included."""
+
+UNEXPECTED_EXIT_CODE = 1
+"""What Python gives for an error that nobody caught; the traceback is shown too."""
 
 
-def main(name: str, verb: Verb, description: str, argv: Sequence[str] | None = None) -> int:
+def main(
+    name: str,
+    verb: Verb,
+    description: str,
+    argv: Sequence[str] | None = None,
+    preflight: Preflight | None = None,
+) -> int:
     """Parse the command line, run `verb`, report; return the exit code.
 
     Args:
@@ -26,29 +37,57 @@ def main(name: str, verb: Verb, description: str, argv: Sequence[str] | None = N
         verb: what to run.
         description: one sentence for `--help`.
         argv: arguments; None takes the process's.
+        preflight: what must hold before the run folder is touched.
+
+    Raises:
+        BaseException: what is no JobError passes through, once `result.json` says so.
     """
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description)
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML of the run")
     parser.add_argument("--dry-run", action="store_true", help="check and print the plan, touch nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
-    arguments = parser.parse_args(argv)
+    # Intermixed, so that `a.b=1 --config FILE c.d=2` is taken too.
+    arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    config: RunConfig | None = None
-    started = time.time()
+    result = _ResultFile(name)
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if preflight is not None:
+            preflight(config)
         if not arguments.dry_run:
             check_writable(config.run.folder)
+            result.open(config.run.folder)
         reason, exit_code = verb(config, arguments.dry_run), 0
     except JobError as error:
         reason, exit_code = f"{type(error).__name__}: {error}", error.exit_code
-    if config is not None and not arguments.dry_run and exit_code != ConfigError.exit_code:
-        result = {"verb": name, "exit_code": exit_code, "reason": reason, "seconds": round(time.time() - started, 1)}
-        storage.write_json(storage.join(config.run.folder, "result.json"), result)
+    except BaseException as error:
+        result.write(UNEXPECTED_EXIT_CODE, f"{type(error).__name__}: {error}")
+        raise
+    result.write(exit_code, reason)
     # The last line is the contract with the job's message, so it goes out after all logging.
     logging.shutdown()
     print(f"{name}: {reason}", file=sys.stderr if exit_code else sys.stdout, flush=True)
     return exit_code
+
+
+class _ResultFile:
+    """`<run>/result.json`: how the last job on a run folder ended; nothing is written before `open`."""
+
+    def __init__(self, verb: str) -> None:
+        self._verb = verb
+        self._path: str | None = None
+        self._started = time.time()
+
+    def open(self, run_folder: str) -> None:
+        """Take a folder that can be written, and remove what an earlier job said: this one may be killed."""
+        self._path = storage.join(run_folder, "result.json")
+        storage.remove(self._path)
+
+    def write(self, exit_code: int, reason: str) -> None:
+        if self._path is not None:
+            seconds = round(time.time() - self._started, 1)
+            result = {"verb": self._verb, "exit_code": exit_code, "reason": reason, "seconds": seconds}
+            storage.write_json(self._path, result)
 
 
 def check_writable(folder: str) -> None:

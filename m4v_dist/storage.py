@@ -1,6 +1,6 @@
 """Local and `s3://` paths behind one door: open, list, exists, atomic put, remove, and safetensors bytes.
 
-The only file that imports s3fs and safetensors. Paths are strings; `s3://bucket/key` is remote, all else is local.
+The only file that imports s3fs, botocore and safetensors. Paths are strings; `s3://bucket/key` is remote, all else is local.
 Writes become visible at once or not at all: a local file is written beside its final name and renamed, an S3 object
 appears when its upload is complete.
 """
@@ -37,23 +37,44 @@ def _s3() -> Any:
     return s3fs.S3FileSystem(config_kwargs=config, use_listings_cache=False)
 
 
+@contextmanager
+def _remote(path: str) -> Iterator[Any]:
+    """The object store's file system; what fails inside is an OSError that names the path, as on a local disk.
+
+    s3fs turns what a server answers into OSErrors, but not what stops a request before it is sent: no credentials, no
+    region, no server.
+    """
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        yield _s3()
+    except BotoCoreError as error:
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+
+
 def exists(path: str) -> bool:
     """Whether a file or folder stands at `path`."""
-    return bool(_s3().exists(path)) if is_remote(path) else os.path.exists(path)
+    if is_remote(path):
+        with _remote(path) as filesystem:
+            return bool(filesystem.exists(path))
+    return os.path.exists(path)
 
 
 def size_bytes(path: str) -> int:
     """Size of the file at `path`, in bytes."""
-    return int(_s3().size(path)) if is_remote(path) else os.path.getsize(path)
+    if is_remote(path):
+        with _remote(path) as filesystem:
+            return int(filesystem.size(path))
+    return os.path.getsize(path)
 
 
 def list_folder(path: str) -> list[str]:
     """Names (not paths) of what stands directly in a folder, sorted; empty if there is no such folder."""
     if is_remote(path):
-        filesystem = _s3()
-        if not filesystem.exists(path):
-            return []
-        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
+        with _remote(path) as filesystem:
+            if not filesystem.exists(path):
+                return []
+            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
     return sorted(os.listdir(path)) if os.path.isdir(path) else []
 
 
@@ -66,8 +87,12 @@ def make_folder(path: str) -> None:
 @contextmanager
 def open_read(path: str) -> Iterator[IO[bytes]]:
     """Open for reading bytes."""
-    with _s3().open(path, "rb") if is_remote(path) else open(path, "rb") as file:
-        yield file
+    if is_remote(path):
+        with _remote(path) as filesystem, filesystem.open(path, "rb") as file:
+            yield file
+    else:
+        with open(path, "rb") as file:
+            yield file
 
 
 def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -78,7 +103,8 @@ def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
     """
     if is_remote(path):
         end = None if length is None else offset + length
-        data = bytes(_s3().cat_file(path, start=offset, end=end))
+        with _remote(path) as filesystem:
+            data = bytes(filesystem.cat_file(path, start=offset, end=end))
     else:
         with open(path, "rb") as file:
             file.seek(offset)
@@ -91,7 +117,8 @@ def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
 def write_bytes(path: str, data: bytes) -> None:
     """Write a whole file so that readers see all of it or nothing."""
     if is_remote(path):
-        _s3().pipe_file(path, data)
+        with _remote(path) as filesystem:
+            filesystem.pipe_file(path, data)
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
@@ -105,7 +132,8 @@ def write_bytes(path: str, data: bytes) -> None:
 def put_file(local_path: str, path: str) -> None:
     """Move a finished local file to its place, at once."""
     if is_remote(path):
-        _s3().put_file(local_path, path)
+        with _remote(path) as filesystem:
+            filesystem.put_file(local_path, path)
         os.remove(local_path)
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -118,7 +146,8 @@ def remove(path: str) -> None:
     """Remove a file, or a folder with all in it; nothing happens if there is none."""
     if is_remote(path):
         if exists(path):
-            _s3().rm(path, recursive=True)
+            with _remote(path) as filesystem:
+                filesystem.rm(path, recursive=True)
     elif os.path.isdir(path):
         shutil.rmtree(path)
     elif os.path.exists(path):
@@ -137,6 +166,31 @@ def read_json(path: str) -> Any:
         raise ValueError(
             f"{path}: not valid JSON ({error}); the file is damaged, remove it or write it anew."
         ) from error
+
+
+def parse_json_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Parse JSON objects, one a line, as an append-only writer leaves them; empty lines are passed over.
+
+    Returns:
+        The objects in order, and the number of lines that are none: torn by a lost node or a full disk. A caller counts
+        them aloud, or fails.
+    """
+    rows: list[dict[str, Any]] = []
+    num_torn = 0
+    for line in data.split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        # ValueError: no JSON, or bytes that are no UTF-8 (a block that the disk never got).
+        except ValueError:
+            num_torn += 1
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            num_torn += 1
+    return rows, num_torn
 
 
 def write_json(path: str, value: Any) -> None:

@@ -1,13 +1,15 @@
 """The command line: three things, one exit code for each kind of failure, the reason last and in result.json."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from jobs import cli
+from m4v_dist import storage
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import DataError
+from m4v_dist.errors import ConfigError, DataError
 
 TOML = """
 [run]
@@ -74,3 +76,72 @@ def test_data_error_is_exit_3_and_stands_in_result_json(tmp_path: Path) -> None:
 
     assert cli.main("verb", fail, "x", ["--config", _config(tmp_path, str(tmp_path / "run"))]) == 3
     assert "x.tar" in json.loads((tmp_path / "run" / "result.json").read_text())["reason"]
+
+
+def _result(tmp_path: Path) -> dict[str, object]:
+    result: dict[str, object] = json.loads((tmp_path / "run" / "result.json").read_text())
+    return result
+
+
+def test_exit_2_of_a_verb_replaces_the_result_of_an_earlier_job(tmp_path: Path) -> None:
+    config = _config(tmp_path, str(tmp_path / "run"))
+    assert cli.main("verb", _done, "x", ["--config", config]) == 0
+
+    def refuse(config: RunConfig, dry_run: bool) -> str:
+        raise ConfigError("model.text_width=100 does not fit.")
+
+    assert cli.main("verb", refuse, "x", ["--config", config]) == 2
+    assert _result(tmp_path)["exit_code"] == 2 and "text_width" in str(_result(tmp_path)["reason"])
+
+
+def test_an_unexpected_error_is_raised_and_stands_in_result_json_as_1(tmp_path: Path) -> None:
+    def crash(config: RunConfig, dry_run: bool) -> str:
+        raise ZeroDivisionError("a fault of ours")
+
+    with pytest.raises(ZeroDivisionError):
+        cli.main("verb", crash, "x", ["--config", _config(tmp_path, str(tmp_path / "run"))])
+    assert _result(tmp_path)["exit_code"] == 1 and _result(tmp_path)["reason"] == "ZeroDivisionError: a fault of ours"
+
+
+def test_a_job_that_is_killed_leaves_no_result_of_an_earlier_one(tmp_path: Path) -> None:
+    config = _config(tmp_path, str(tmp_path / "run"))
+    assert cli.main("verb", _done, "x", ["--config", config]) == 0
+
+    def look(config: RunConfig, dry_run: bool) -> str:
+        assert not (tmp_path / "run" / "result.json").exists()
+        return "looked"
+
+    assert cli.main("verb", look, "x", ["--config", config]) == 0
+
+
+def test_a_preflight_that_refuses_writes_nothing(tmp_path: Path) -> None:
+    def refuse(config: RunConfig) -> None:
+        raise ConfigError("not this folder")
+
+    arguments = ["--config", _config(tmp_path, str(tmp_path / "run"))]
+    assert cli.main("verb", _done, "x", arguments, preflight=refuse) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_overrides_may_stand_on_both_sides_of_the_options(tmp_path: Path) -> None:
+    def tell(config: RunConfig, dry_run: bool) -> str:
+        return f"{config.run.name} {config.run.seed}"
+
+    config = _config(tmp_path, str(tmp_path / "run"))
+    assert cli.main("verb", tell, "x", ["run.name=other", "--config", config, "run.seed=3"]) == 0
+    assert _result(tmp_path)["reason"] == "other 3"
+
+
+def test_an_object_store_without_credentials_is_exit_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._s3().clear_instance_cache()
+    try:
+        assert cli.main("verb", _done, "x", ["--config", _config(tmp_path, "s3://bucket/run")]) == 2
+    finally:
+        storage._s3().clear_instance_cache()
+    assert "s3://bucket/run cannot be written" in (shown := capfd.readouterr().err) and "credentials" in shown
