@@ -2,10 +2,12 @@
 #
 #   PYTHON=python3.12   the interpreter that the environment is made from
 #   PIP_ARGS=...        more arguments for pip, such as a CPU index for torch (README, Install)
+#   ARGS=...            overrides for the demo: make demo ARGS="run.seed=7 launch.use_gpu=false"
 #   SKIP_INSTALL=1      make no environment: run on PYTHON's own packages (a GPU host with its own torch)
 
 PYTHON ?= python3
 PIP_ARGS ?=
+ARGS ?=
 VENV := .venv
 
 ifeq ($(SKIP_INSTALL),1)
@@ -23,17 +25,18 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-fast test-gpu lint install clean
+.PHONY: demo test test-fast test-gpu lint install clean clean-runs
 
 install: $(READY)
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): about 2 GB, 2-3 minutes; pip shows errors only"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[demo,dev]'
 	touch $@
 
 demo: $(READY)
-	$(PY) -m jobs.demo
+	$(PY) -m jobs.demo $(ARGS)
 
 test: $(READY) lint
 	$(PY) -m pytest -m "not gpu" --durations=15
@@ -48,5 +51,10 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+# The environment and caches. What was trained stays: clean-runs removes that.
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# Every run folder below runs/, checkpoints and caches of latents included.
+clean-runs:
+	rm -rf runs

@@ -1,7 +1,8 @@
 """`python -m jobs.demo` (`make demo`): the main job end to end on real clips, each step as a command to copy.
 
 Packs shards, precomputes twice (the second time does nothing), trains while one worker is killed, proves that the
-redone steps are equal, samples, and writes the report. Stops at the first step that fails, with its exit code.
+redone steps are equal and that the held-out loss fell, samples, and writes the report. Stops at the first step that
+fails, with its exit code. Where there are GPUs, training and sampling use up to two of them.
 """
 
 import dataclasses
@@ -21,18 +22,29 @@ from data_pipeline.demo_clips import pack_demo, read_clip_list
 from jobs import cli
 from m4v_dist import storage
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import ConfigError, DataError, JobError
+from m4v_dist.errors import ConfigError, JobError
 from m4v_dist.launch.fault_injection import KillMoment, WorkerKiller
 from m4v_dist.report.fault import prove_redone_steps_equal
-from m4v_dist.report.run_folder import read_metrics
+from m4v_dist.report.figures import held_out_points
+from m4v_dist.report.run_folder import Metrics, read_metrics
 
 CONFIG = "jobs/configs/demo.toml"
 CLIP_LIST = str(Path(__file__).parent / "configs" / "demo_clips.json")
 CLIPS_PER_SHARD = 11
 MIN_REDONE_STEPS = 5
 """Steps after a checkpoint before the kill: what is lost, done again, and compared."""
+MARKER = "made_by_jobs_demo"
+"""File of a run folder that says: the demo made all of this, and may remove it."""
+MAX_GPUS = 2
 POLL_S = 0.05
 """Pause between two looks at a step that runs: shorter than a training step, so that the kill falls where it should."""
+
+QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger"}
+"""For the steps' processes: torch says once a process that DeepSpeed calls a function by its old name."""
+
+
+class ClaimFailedError(JobError):
+    """All steps ran, but something that the demo is to show did not hold."""
 
 
 class StepFailedError(JobError):
@@ -75,12 +87,20 @@ class Demo:
 
     def _clear(self) -> None:
         if storage.list_folder(self._folder):
+            # Looked at again, right before: the preflight was a moment ago.
+            require_own_folder(self._folder)
             say(f"Removing {self._folder} of an earlier demo, so that all of it is done again.")
             shutil.rmtree(self._folder)
+        storage.write_bytes(
+            storage.join(self._folder, MARKER), b"jobs.demo removes this folder when it starts again.\n"
+        )
 
     def _pack(self) -> None:
         shards = storage.join(self._folder, "shards")
-        say(f"\nPacking real clips from installed packages, and one broken file, into {shards}")
+        say(
+            f"\nPacking real clips from installed packages, and one broken file, into {shards}"
+            "\n(in this process, by data_pipeline/demo_clips.py; the steps below are commands to copy)"
+        )
         clips = read_clip_list(CLIP_LIST)
         records = pack_demo(clips, shards, num_clips_per_shard=CLIPS_PER_SHARD, num_threads=os.cpu_count() or 1)
         for _ in tqdm(records, total=len(clips), desc="pack", unit="clip"):
@@ -95,7 +115,7 @@ class Demo:
             name for name, stamp in snapshot(self._config.precompute.cache).items() if before.get(name) != stamp
         )
         if changed:
-            raise DataError(f"the second precompute wrote {', '.join(changed[:5])} again; it should do nothing.")
+            raise ClaimFailedError(f"the second precompute wrote {', '.join(changed[:5])} again; it should do nothing.")
 
     def _train_with_a_kill(self) -> None:
         stage = self._config.curriculum[-1]
@@ -115,12 +135,16 @@ class Demo:
 
         self._step("train", look)
         if killer.kill is None:
-            raise DataError(f"training ended before a worker could be killed in stage {stage.name!r}; raise num_steps.")
-        check = prove_redone_steps_equal(read_metrics(self._folder), self._config.total_steps)
+            raise ClaimFailedError(
+                f"training ended before a worker could be killed in stage {stage.name!r}; raise its num_steps."
+            )
+        metrics = read_metrics(self._folder)
+        check = prove_redone_steps_equal(metrics, self._config.total_steps)
         storage.write_json(storage.join(self._folder, "fault_check.json"), check)
         say(f"\nThe {check['num_redone']} steps that were redone after the kill are equal bit for bit:")
         for step in check["redone"]:
             say(f"  step {step['step']:>5}  loss {step['first_loss']!r} = {step['second_loss']!r}")
+        say("\n" + prove_held_out_loss_fell(metrics))
 
     def _step(self, verb: str, look: Callable[[], None] | None = None) -> None:
         """Run one verb as a command of its own, showing it; `look` is called while it runs."""
@@ -128,7 +152,7 @@ class Demo:
         command = shlex.join([_shown_python(), *arguments])
         say(f"\n$ {command}")
         started = time.monotonic()
-        with subprocess.Popen([sys.executable, *arguments]) as process:
+        with subprocess.Popen([sys.executable, *arguments], env=QUIET | os.environ) as process:
             while process.poll() is None:
                 if look is not None:
                     look()
@@ -157,21 +181,137 @@ def _shown_python() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
+def prove_held_out_loss_fell(metrics: Metrics) -> str:
+    """Compare the first and the last held-out loss of a run; return both as a line to show.
+
+    Raises:
+        ClaimFailedError: fewer than two were measured, or the last is not below the first (NaN never is).
+    """
+    points = held_out_points(metrics)
+    if len(points) < 2:
+        raise ClaimFailedError(f"{len(points)} held-out losses were measured; two are needed to compare.")
+    (start, first), (end, last) = points[0], points[-1]
+    if not last < first:
+        raise ClaimFailedError(
+            f"the held-out loss did not fall: {first:.4f} after {start} steps, {last:.4f} after {end}; the model did "
+            "not learn."
+        )
+    return f"Held-out loss, on clips never trained on: {first:.4f} after {start} steps, {last:.4f} after {end}."
+
+
+def require_own_folder(folder: str) -> None:
+    """Refuse to remove what the demo did not make.
+
+    Raises:
+        ConfigError: the folder holds something and no marker of the demo, or is a link or a file.
+    """
+    if os.path.islink(folder.rstrip("/")) or (os.path.exists(folder) and not os.path.isdir(folder)):
+        raise ConfigError(f"run.folder={folder} is a link or a file; the demo removes its folder, so give a plain one.")
+    there = storage.list_folder(folder)
+    if there and MARKER not in there:
+        raise ConfigError(
+            f"run.folder={folder} is not empty ({', '.join(there[:3])}) and was not made by the demo (no {MARKER} in "
+            "it). The demo removes its folder before it starts: remove it yourself, or give another."
+        )
+
+
+def check_config(config: RunConfig) -> None:
+    """Check all that the demo needs of its config, before anything is removed, packed or trained.
+
+    Raises:
+        ConfigError: with the override to give.
+    """
+    folder = config.run.folder
+    if storage.is_remote(folder):
+        raise ConfigError(f"run.folder={folder}: the demo kills a local worker; give a local folder.")
+    require_own_folder(folder)
+    _check_paths(config)
+    every, stage = config.trainer.checkpoint_every_steps, config.curriculum[-1]
+    if every < MIN_REDONE_STEPS + 2:
+        raise ConfigError(
+            f"trainer.checkpoint_every_steps={every}: the demo kills a worker at least {MIN_REDONE_STEPS} steps after "
+            f"a checkpoint and 2 before the next; give {MIN_REDONE_STEPS + 2} or more."
+        )
+    needed = 2 * (every + MIN_REDONE_STEPS)
+    if stage.num_steps < needed:
+        raise ConfigError(
+            f"curriculum {stage.name!r}: num_steps={stage.num_steps}, but the kill falls in its second half, after a "
+            f"checkpoint; give {needed} or more, or a smaller trainer.checkpoint_every_steps."
+        )
+    if config.logging.every_steps != 1:
+        raise ConfigError(f"logging.every_steps={config.logging.every_steps}: the demo compares each step; give 1.")
+    if config.launch.max_failures == 0:
+        raise ConfigError("launch.max_failures=0: the demo kills a worker, which must come back; give 1 or more.")
+    if config.trainer.held_out_slots == 0 or not config.held_out_sources:
+        raise ConfigError(
+            "the demo shows that the held-out loss falls; it needs trainer.held_out_slots > 0 and a source with "
+            'split = "held_out".'
+        )
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Shards are packed into the run folder, and the cache is made anew: both must be read from there."""
+    folder = os.path.abspath(config.run.folder)
+
+    def is_inside(path: str) -> bool:
+        return not storage.is_remote(path) and os.path.abspath(path).startswith(folder + os.sep)
+
+    given = [("precompute.cache", config.precompute.cache)]
+    given += [(f"sources.{index}.shards", source.shards) for index, source in enumerate(config.sources)]
+    outside = [(key, path) for key, path in given if not is_inside(path)]
+    if outside:
+        way_out = " ".join(
+            f"'{key}={storage.join(config.run.folder, *(() if key == 'precompute.cache' else ('shards',)), _name(path))}'"
+            for key, path in outside
+        )
+        found = ", ".join(f"{key}={path}" for key, path in outside)
+        raise ConfigError(
+            f"run.folder={config.run.folder}, but {found}: the demo packs its shards into run.folder and makes the "
+            f"cache there; add {way_out}."
+        )
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def count_gpus() -> int:
+    """GPUs that torch sees here; the demo's only question about them."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def gpu_overrides(num_gpus: int, given: Sequence[str]) -> list[str]:
+    """The overrides that put the demo on GPUs; none without a GPU, or where the user has decided.
+
+    Args:
+        num_gpus: GPUs of this machine.
+        given: the user's arguments.
+    """
+    if num_gpus == 0 or any(argument.startswith("launch.use_gpu=") for argument in given):
+        return []
+    return ["launch.use_gpu=true", f"launch.num_workers={min(MAX_GPUS, num_gpus)}", "trainer.precision=bfloat16"]
+
+
+def step_arguments(given: Sequence[str], num_gpus: int) -> list[str]:
+    """What every step is called with: the config, what the machine asks for, and the user's own words last, to win."""
+    has_config = any(argument.split("=")[0] == "--config" for argument in given)
+    own = [argument for argument in given if argument != "--dry-run"]
+    return [*([] if has_config else ["--config", CONFIG]), *gpu_overrides(num_gpus, given), *own]
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the demo; without `--config` on its own config."""
-    given = list(arguments)
-    if not any(argument.split("=")[0] == "--config" for argument in given):
-        given = ["--config", CONFIG, *given]
-    passed_on = [argument for argument in given if argument != "--dry-run"]
+    passed_on = step_arguments(arguments, count_gpus())
 
     def demo(config: RunConfig, dry_run: bool) -> str:
-        if storage.is_remote(config.run.folder):
-            raise ConfigError(f"run.folder={config.run.folder}: the demo kills a local worker; give a local folder.")
         if dry_run:
             return f"would remove {config.run.folder} and do all steps there"
         return Demo(config, passed_on).run()
 
-    return cli.main("demo", demo, "The main job end to end on real clips.", given)
+    given = [*passed_on, "--dry-run"] if "--dry-run" in arguments else passed_on
+    return cli.main("demo", demo, "The main job end to end on real clips.", given, preflight=check_config)
 
 
 if __name__ == "__main__":

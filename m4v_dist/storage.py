@@ -1,6 +1,7 @@
 """Local and `s3://` paths behind one door: open, list, exists, atomic put, remove, and safetensors bytes.
 
-The only file that imports s3fs, botocore and safetensors. Paths are strings; `s3://bucket/key` is remote, all else is local.
+The only file that imports s3fs, botocore and safetensors. Paths are strings; `s3://bucket/key` is remote, all else is
+local.
 Writes become visible at once or not at all: a local file is written beside its final name and renamed, an S3 object
 appears when its upload is complete.
 """
