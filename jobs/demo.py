@@ -260,10 +260,8 @@ def _check_paths(config: RunConfig) -> None:
     given += [(f"sources.{index}.shards", source.shards) for index, source in enumerate(config.sources)]
     outside = [(key, path) for key, path in given if not is_inside(path)]
     if outside:
-        way_out = " ".join(
-            f"'{key}={storage.join(config.run.folder, *(() if key == 'precompute.cache' else ('shards',)), _name(path))}'"
-            for key, path in outside
-        )
+        places = {key: "" if key == "precompute.cache" else "/shards" for key, _ in outside}
+        way_out = " ".join(f"'{key}={config.run.folder}{places[key]}/{_name(path)}'" for key, path in outside)
         found = ", ".join(f"{key}={path}" for key, path in outside)
         raise ConfigError(
             f"run.folder={config.run.folder}, but {found}: the demo packs its shards into run.folder and makes the "

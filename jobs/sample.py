@@ -9,47 +9,58 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_pipeline.latent_cache import LatentCache
 from jobs import cli
 from m4v_dist import storage
-from m4v_dist.batch import derive_seed
+from m4v_dist.batch import TextFeatures, derive_seed
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
-from m4v_dist.frozen.text_encoder import build_text_encoder
+from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint
 from m4v_dist.frozen.video_file import write_mp4
 from m4v_dist.frozen.video_vae import Codec, build_codec, frames_to_uint8
 from m4v_dist.model.build import build_model
 from m4v_dist.objective.pyramid_schedule import PyramidSchedule
 from m4v_dist.sampling.pyramid_sampler import sample_latents
 from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.resume import changes
 
 logger = logging.getLogger(__name__)
+
+TRAINED_SECTIONS = ("codec.", "text_encoder.", "model.")
+TRAINED_KEYS = ("objective.gamma", "objective.num_pyramid_stages", "objective.num_train_timesteps")
+"""Settings that the weights were trained for: sampled with others, a model gives noise and no error."""
 
 
 def sample(config: RunConfig, dry_run: bool) -> str:
     """Sample one video a prompt.
 
     Raises:
-        ConfigError: no prompts, or a size that the codec and the pyramid cannot make.
-        DataError: no committed checkpoint, or one of another model.
+        ConfigError: no prompts, no GPU where one is asked for, or settings that the checkpoint was not trained with.
+        DataError: no committed checkpoint, or a damaged one.
     """
     prompts = config.sampling.prompts
     if not prompts:
         raise ConfigError("sampling.prompts is empty; name at least one prompt.")
     codec = build_codec(config.codec)
-    grid = _grid(config, codec)
+    # That both sides divide down to the coarsest pyramid stage is the config's own check.
+    stride = codec.spatial_stride
+    grid = (config.sampling.height_px // stride, config.sampling.width_px // stride)
     if dry_run:
         return (
             f"would sample {len(prompts)} videos of {config.sampling.num_latents} latents, {grid[0]} x {grid[1]} each"
         )
+    device = choose_device(config)
     path = choose_checkpoint(config)
+    require_trained_settings(config, codec, path)
     # As in training: on a busy machine more threads than free cores wait for one another.
     torch.set_num_threads(config.trainer.num_threads)
-    model = _load_model(config, path)
+    model = _load_model(config, path).to(device)
+    *texts, null_text = build_text_encoder(config.text_encoder).encode([*prompts, ""])
     folder = storage.join(config.run.folder, "samples")
     entries: list[dict[str, Any]] = []
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         started = time.monotonic()
-        latents = _sample_prompt(config, model, codec, prompt, grid)
+        latents = _sample_prompt(config, model, codec, prompt, (text, null_text), grid)
         frames = frames_to_uint8(codec.decode(codec.normalization.denormalize(latents)))
         file = f"{number:02d}.mp4"
         write_mp4(storage.join(folder, file), frames, config.sampling.fps)
@@ -85,16 +96,48 @@ def choose_checkpoint(config: RunConfig) -> str:
     return newest
 
 
-def _grid(config: RunConfig, codec: Codec) -> tuple[int, int]:
-    """Latent grid (h, w) of the videos, checked against the codec and the coarsest pyramid stage."""
-    sampling = config.sampling
-    multiple = codec.spatial_stride * config.model.patch_size * 2 ** (config.objective.num_pyramid_stages - 1)
-    if sampling.height_px % multiple or sampling.width_px % multiple:
+def choose_device(config: RunConfig) -> torch.device:
+    """A GPU where the run uses them, else the CPU.
+
+    Raises:
+        ConfigError: launch.use_gpu without a GPU here.
+    """
+    if not config.launch.use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ConfigError(
-            f"sampling: {sampling.height_px} x {sampling.width_px} px; both must be multiples of {multiple} px "
-            "(codec stride x patch x coarsest pyramid stage)."
+            "launch.use_gpu=true, but torch sees no GPU here, and sampling runs in this process; add "
+            "launch.use_gpu=false to sample on the CPU."
         )
-    return sampling.height_px // codec.spatial_stride, sampling.width_px // codec.spatial_stride
+    return torch.device("cuda")
+
+
+def require_trained_settings(config: RunConfig, codec: Codec, path: str) -> None:
+    """Compare what the weights were trained for with the checkpoint's own config.
+
+    Weight files of codec and text encoder may have moved: then the cache's fingerprint says whether they are the same.
+
+    Raises:
+        ConfigError: with each field and both values.
+        DataError: a weight file has moved, and the cache is missing or was made with another.
+    """
+    before = storage.read_json(storage.join(path, "config.json"))
+    now = config.model_dump(mode="json")
+    differing = [
+        change
+        for change in changes(before, now, stage_index=len(config.curriculum))
+        if change.key.startswith(TRAINED_SECTIONS) or change.key in TRAINED_KEYS
+    ]
+    moved = [change for change in differing if change.key in ("codec.weights", "text_encoder.weights")]
+    refused = [str(change) for change in differing if change not in moved and change.key != "model.recompute"]
+    if refused:
+        raise ConfigError(
+            f"{path} was trained with other settings: {'; '.join(refused)} (checkpoint -> config). Sample with the "
+            "config that it was trained with."
+        )
+    if moved:
+        fingerprint = codec.fingerprint() | text_encoder_fingerprint(config.text_encoder)
+        LatentCache.open(config.precompute.cache, fingerprint)
 
 
 def _load_model(config: RunConfig, path: str) -> torch.nn.Module:
@@ -110,19 +153,22 @@ def _load_model(config: RunConfig, path: str) -> torch.nn.Module:
     if differing:
         raise DataError(
             f"{path}: {len(differing)} parameters differ in name or shape from the config's model "
-            f"({', '.join(differing[:3])}); sample with the config it was trained with."
+            f"({', '.join(differing[:3])}), though the settings are the checkpoint's; it was written by other code."
         )
     model.load_state_dict(weights)
-    device = "cuda" if config.launch.use_gpu else "cpu"
-    return model.eval().to(device)
+    return model.eval()
 
 
 def _sample_prompt(
-    config: RunConfig, model: torch.nn.Module, codec: Codec, prompt: str, grid: tuple[int, int]
+    config: RunConfig,
+    model: torch.nn.Module,
+    codec: Codec,
+    prompt: str,
+    text: tuple[TextFeatures, TextFeatures],
+    grid: tuple[int, int],
 ) -> Tensor:
-    """Normalised latents c t h w of one prompt, on the CPU."""
+    """Normalised latents c t h w of one prompt, on the CPU; `text` is the prompt's and the null prompt's."""
     sampling, objective = config.sampling, config.objective
-    text, null_text = build_text_encoder(config.text_encoder).encode([prompt, ""])
     generator = torch.Generator().manual_seed(derive_seed("sample", sampling.seed, prompt))
     with tqdm(desc=prompt[:48], unit="step") as bar:
 
@@ -132,8 +178,8 @@ def _sample_prompt(
 
         (latents,) = sample_latents(
             model,
-            [text],
-            null_text,
+            [text[0]],
+            text[1],
             schedule=PyramidSchedule(
                 objective.num_pyramid_stages, gamma=objective.gamma, num_train_timesteps=objective.num_train_timesteps
             ),

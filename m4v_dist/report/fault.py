@@ -4,6 +4,7 @@ metrics.jsonl is append-only and carries `attempt`, and JSON writes a float with
 neighbours, so two losses that are equal here were equal in memory.
 """
 
+import struct
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,8 +48,7 @@ def redone_steps(metrics: Metrics) -> list[RedoneStep]:
 
 def _compare(first: dict[str, Any], second: dict[str, Any]) -> RedoneStep:
     names = {name for name in (*first, *second) if name.startswith(COMPARED_PREFIXES)}
-    # A missing value counts as a difference: None equals no number.
-    differing = tuple(sorted(name for name in names if first.get(name) is None or first.get(name) != second.get(name)))
+    differing = tuple(sorted(name for name in names if not _has_equal_bits(first.get(name), second.get(name))))
     return RedoneStep(
         step=first["step"],
         first_attempt=first["attempt"],
@@ -57,6 +57,11 @@ def _compare(first: dict[str, Any], second: dict[str, Any]) -> RedoneStep:
         second_loss=second["train/loss"],
         differing=differing,
     )
+
+
+def _has_equal_bits(first: float | None, second: float | None) -> bool:
+    """Bits, not ==: a NaN that comes again is equal, 0.0 and -0.0 are not, and a missing value equals nothing."""
+    return first is not None and second is not None and struct.pack("<d", first) == struct.pack("<d", second)
 
 
 def prove_redone_steps_equal(metrics: Metrics, total_steps: int) -> dict[str, Any]:

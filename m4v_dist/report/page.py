@@ -19,14 +19,18 @@ from m4v_dist.report.run_folder import Row, RunRecord
 TEMPLATE_FOLDER = Path(__file__).parent
 VERSIONED_PACKAGES = ("torch", "deepspeed", "ray", "transformers", "webdataset", "decord", "av", "wandb")
 
+SHORT_RUN_STEPS = 10_000
+"""Below this the page warns that samples have little form. A round number of ours, far above the demo's steps."""
 
-def render_page(record: RunRecord, *, name: str, date: str) -> str:
+
+def render_page(record: RunRecord, *, name: str, date: str, num_parameters: int | None = None) -> str:
     """Return the page's HTML.
 
     Args:
         record: what the run folder holds.
         name: the run's name.
         date: when the page was made, as shown.
+        num_parameters: of the model; None leaves the number out.
 
     Raises:
         DataError: a video that samples.json or codec.json names is missing.
@@ -40,20 +44,23 @@ def render_page(record: RunRecord, *, name: str, date: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["db"] = lambda value: "–" if value is None else f"{value:.1f} dB"
+    environment.filters["db"] = lambda value: "not measured" if value is None else f"{value:.1f} dB"
     environment.filters["duration"] = _duration
     template = environment.get_template("page.html")
-    return template.render(name=name, date=date, **_view(record))
+    return template.render(name=name, date=date, num_parameters=num_parameters, **_view(record))
 
 
 def _view(record: RunRecord) -> dict[str, Any]:
     """Everything that the template shows, ready to print."""
     metrics = record.metrics
     held_out = figures.held_out_points(metrics)
-    has_steps = bool(metrics.of_kind("train"))
+    num_steps = len(metrics.standing_train_rows())
+    has_steps = num_steps > 0
     ledger = figures.ledger_parts(record.ledger)
     seen = figures.samples_seen(metrics)
     return {
+        "num_steps": num_steps,
+        "is_short_run": num_steps < SHORT_RUN_STEPS,
         "tiles": _tiles(record, held_out, seen),
         "samples": _with_videos(record.folder, "samples", record.samples),
         "codec": _codec(record),
@@ -90,7 +97,7 @@ def _tiles(record: RunRecord, held_out: list[tuple[int, float]], seen: dict[str,
         tiles.append(
             {
                 "figure": f"{first:.3f} → {last:.3f}",
-                "caption": f"held-out loss, {before} → trained ({change}), on clips of other scenes",
+                "caption": f"held-out loss, {before} → trained ({change}), on clips never trained on",
             }
         )
     else:

@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.sample import choose_checkpoint, sample
+import jobs.sample
+from jobs.sample import choose_checkpoint, require_trained_settings, sample
 from m4v_dist import storage
 from m4v_dist.config.load import parse_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
+from m4v_dist.frozen.pca_codec import EMBEDDED_WEIGHTS
+from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_file import read_video
+from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.model.build import build_model
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
+from tests.integration.small_run import make_small_cache
 from tests.trainer.ranks import run_ranks
 
 BUCKET = {"height_px": 64, "width_px": 64}
@@ -107,11 +112,83 @@ def test_no_checkpoint_is_exit_3_and_lists_what_is_there(tmp_path: Path) -> None
         sample(_config(str(tmp_path)), False)
 
 
-def test_a_checkpoint_of_another_model_is_exit_3(run: str) -> None:
-    values = _config(run).model_dump(mode="json")
-    values["model"]["num_single_blocks"] = 2
+def _changed(run: str, section: str, **values: object) -> RunConfig:
+    tree = _config(run).model_dump(mode="json")
+    tree[section] |= values
+    return parse_config(tree, where="test")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "field"),
+    [
+        ("model", {"num_single_blocks": 2}, "model.num_single_blocks: 1 -> 2"),
+        ("model", {"num_zigzag_paths": 1}, "model.num_zigzag_paths: 8 -> 1"),
+        ("text_encoder", {"max_tokens": 64}, "text_encoder.max_tokens: 128 -> 64"),
+        ("objective", {"gamma": 0.25}, "objective.gamma: 0.333.* -> 0.25"),
+    ],
+)
+def test_settings_of_another_training_are_exit_2_and_named(
+    run: str, section: str, values: dict[str, object], field: str
+) -> None:
+    """zigzag paths, tokens and gamma leave all shapes as they are: without this they would give noise."""
+    with pytest.raises(ConfigError, match=f"step_00000005 was trained with other settings: {field}"):
+        sample(_changed(run, section, **values), False)
+
+
+def test_another_number_of_pyramid_stages_is_named(run: str) -> None:
+    tree = _config(run).model_dump(mode="json")
+    tree["objective"] |= {"num_pyramid_stages": 2, "stage_columns": [0, 1]}
+    tree["sampling"] |= {"first_unit_steps": [1, 1], "later_unit_steps": [1, 1]}
+    with pytest.raises(ConfigError, match="objective.num_pyramid_stages: 3 -> 2"):
+        sample(parse_config(tree, where="test"), False)
+
+
+def test_settings_that_training_alone_reads_may_differ(run: str) -> None:
+    config = _changed(run, "objective", cfg_dropout=0.0)
+    require_trained_settings(config, build_codec(config.codec), choose_checkpoint(config))
+
+
+def test_moved_codec_weights_are_compared_with_the_cache(run: str, tmp_path: Path) -> None:
+    shutil.copy(EMBEDDED_WEIGHTS, tmp_path / "codec.safetensors")
+    config = _changed(run, "codec", weights=str(tmp_path / "codec.safetensors"))
+    path = choose_checkpoint(config)
+    with pytest.raises(DataError, match="precompute"):
+        require_trained_settings(config, build_codec(config.codec), path)
+    cache = make_small_cache(str(tmp_path / "cache"))
+    tree = config.model_dump(mode="json")
+    tree["precompute"]["cache"] = cache
+    config = parse_config(tree, where="test")
+    require_trained_settings(config, build_codec(config.codec), path)
+
+
+def test_weights_that_do_not_fit_their_own_config_are_exit_3(run: str) -> None:
+    before = storage.read_json(f"{run}/checkpoints/step_00000005/config.json")
+    before["model"]["num_single_blocks"] = 2
+    storage.write_json(f"{run}/checkpoints/step_00000005/config.json", before)
     with pytest.raises(DataError, match="differ in name or shape"):
-        sample(parse_config(values, where="test"), False)
+        sample(_changed(run, "model", num_single_blocks=2), False)
+
+
+def test_the_text_encoder_is_built_once_for_all_prompts(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[object] = []
+    monkeypatch.setattr(
+        jobs.sample, "build_text_encoder", lambda settings: built.append(settings) or build_text_encoder(settings)
+    )
+    sample(_config(run), False)
+    assert len(built) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_asked_for_and_not_there_is_exit_2(run: str) -> None:
+    with pytest.raises(ConfigError, match="launch.use_gpu=false"):
+        sample(_changed(run, "launch", use_gpu=True), False)
+
+
+@pytest.mark.gpu
+def test_sampling_uses_the_gpu_where_the_run_does(run: str) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    sample(_changed(run, "launch", use_gpu=True), False)
+    assert torch.cuda.max_memory_allocated() > 0
 
 
 def test_a_size_that_the_pyramid_cannot_make_is_exit_2(tmp_path: Path) -> None:

@@ -36,10 +36,8 @@ def write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """A run that was killed after step 67 and came back at step 60."""
-    run = tmp_path / "run"
+def make_run_folder(run: Path) -> Path:
+    """Write a run that was killed after step 67 and came back at step 60; it has no fault_check.json."""
     rows = [train_row(1, step) for step in range(68)] + [train_row(2, step) for step in range(60, 100)]
     rows += [
         {"attempt": 1, "step": s, "kind": "held_out", "validation/held_out_loss": 1.5 * math.exp(-s / 60) + 0.3}
@@ -80,14 +78,24 @@ def run_folder(tmp_path: Path) -> Path:
             for i, p in enumerate(prompts)
         ],
     )
-    clip = {"key": "a", "source": "clips", "caption": "A fox", "psnr_first_db": 30.1, "psnr_later_db": 24.2}
+    size = {"height_px": 128, "width_px": 128}
+    clip = {"key": "a", "source": "clips", "caption": "A fox", "psnr_first_db": 30.1, "psnr_later_db": None, **size}
     write(
         run / "codec" / "codec.json",
         {
             "codec": "pca",
-            "height_px": 128,
-            "width_px": 128,
-            "mean_psnr": {"train": {"first_db": 30.1, "later_db": 24.2, "num_clips": 1}},
+            "mean_psnr": [
+                {"split": "train", **size, "first_db": 30.1, "later_db": None, "num_clips": 1},
+                {
+                    "split": "train",
+                    "height_px": 64,
+                    "width_px": 192,
+                    "first_db": 28.5,
+                    "later_db": 22.5,
+                    "num_clips": 3,
+                },
+                {"split": "held_out", **dict.fromkeys(size), "first_db": None, "later_db": None, "num_clips": 0},
+            ],
             "clips": [{**clip, "file": "00.mp4"}],
         },
     )
@@ -96,3 +104,9 @@ def run_folder(tmp_path: Path) -> Path:
     write(run / "kill.json", {"attempt": 1, "rank": 1, "pid": 4242, "step": 67, "checkpoint_step": 60})
     write(run / "commands.json", [{"command": "python -m jobs.train --config x.toml", "exit_code": 0, "seconds": 65.0}])
     return run
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run folder of one's own, to change."""
+    return make_run_folder(tmp_path / "run")

@@ -38,9 +38,25 @@ def test_a_different_gradient_norm_fails() -> None:
         prove_redone_steps_equal(parse_metrics(text), total_steps=4)
 
 
-def test_nan_is_never_equal() -> None:
-    text = _line(1, 0, float("nan")) + _line(2, 0, float("nan"))
-    assert redone_steps(parse_metrics(text))[0].differing == ("train/loss",)
+@pytest.mark.parametrize(
+    ("first", "second", "differing"),
+    [
+        (float("nan"), float("nan"), ()),
+        (float("inf"), float("inf"), ()),
+        (float("nan"), 1.0, ("train/loss",)),
+        (1.0, float("nan"), ("train/loss",)),
+        (0.0, -0.0, ("train/loss",)),
+    ],
+)
+def test_bits_are_compared_and_not_values(first: float, second: float, differing: tuple[str, ...]) -> None:
+    text = _line(1, 0, first) + _line(2, 0, second)
+    assert redone_steps(parse_metrics(text))[0].differing == differing
+
+
+def test_a_missing_value_equals_nothing() -> None:
+    row = {"attempt": 2, "step": 0, "kind": "train", "train/loss": 1.0}
+    metrics = parse_metrics(_line(1, 0, 1.0) + json.dumps(row) + "\n")
+    assert redone_steps(metrics)[0].differing == ("train/grad_norm",)
 
 
 def test_a_run_that_redid_nothing_fails() -> None:

@@ -11,17 +11,24 @@ from m4v_dist.errors import DataError
 from m4v_dist.report.fault import prove_redone_steps_equal
 from m4v_dist.report.page import render_page
 from m4v_dist.report.run_folder import read_metrics, read_run
-from tests.report.conftest import TINY_MP4
+from tests.report.conftest import TINY_MP4, make_run_folder
 
 
-def _render(run: Path) -> str:
-    return render_page(read_run(str(run), str(run / "cache")), name="t", date="2026-01-01")
+def _render(run: Path, num_parameters: int | None = 4_200_000) -> str:
+    record = read_run(str(run), str(run / "cache"))
+    return render_page(record, name="t", date="2026-01-01", num_parameters=num_parameters)
 
 
-def test_page_states_the_figures_that_matter(run_folder: Path) -> None:
-    check = prove_redone_steps_equal(read_metrics(str(run_folder)), total_steps=100)
-    storage.write_json(str(run_folder / "fault_check.json"), check)
-    page = _render(run_folder)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the whole run, rendered once: the plots take a second."""
+    run = make_run_folder(tmp_path_factory.mktemp("page") / "run")
+    check = prove_redone_steps_equal(read_metrics(str(run)), total_steps=100)
+    storage.write_json(str(run / "fault_check.json"), check)
+    return _render(run)
+
+
+def test_page_states_the_figures_that_matter(page: str) -> None:
     assert "1.800 → 0.583" in page
     assert "8 of 8" in page
     assert "<b>67 %</b>" in page and "lost work" in page
@@ -30,49 +37,71 @@ def test_page_states_the_figures_that_matter(run_folder: Path) -> None:
     assert "untrained → trained" in page
 
 
-def test_quarantined_file_stands_with_its_error(run_folder: Path) -> None:
-    page = _render(run_folder)
+def test_page_speaks_of_this_run_s_steps_and_parameters(page: str) -> None:
+    words = " ".join(page.split())
+    assert "An M4V of 4,200,000 parameters, trained for 100 steps on cached latents of 66 clips and stills." in words
+    assert "After 100 steps expect coarse colour" in words
+    assert "CPU expect" not in words and "small M4V" not in words
+
+
+def test_codec_figures_stand_by_size_and_what_was_not_measured_is_said(page: str) -> None:
+    words = " ".join(page.split())
+    assert "Over 1 train clips at 128 × 128 px: 30.1 dB for first frames, not measured for later ones." in words
+    assert "Over 3 train clips at 64 × 192 px: 28.5 dB for first frames, 22.5 dB for later ones." in words
+    assert "No held-out clips." in words and "nan dB" not in words
+
+
+def test_quarantined_file_stands_with_its_error(page: str) -> None:
     assert ">broken</td>" in page and "66 of 68 records kept" in page
     assert "moov &lt;atom&gt; not found" in page
 
 
-def test_captions_are_escaped(run_folder: Path) -> None:
-    page = _render(run_folder)
+def test_captions_are_escaped(page: str) -> None:
     assert "A &lt;b&gt;bold&lt;/b&gt; fox &amp; friends" in page and "<b>bold</b>" not in page
 
 
-def test_videos_are_embedded(run_folder: Path) -> None:
-    page = _render(run_folder)
+def test_videos_are_embedded(page: str) -> None:
     assert page.count(f"data:video/mp4;base64,{base64.b64encode(TINY_MP4).decode()}") == 3
 
 
-def test_page_asks_nothing_of_a_network(run_folder: Path) -> None:
-    page = _render(run_folder)
+def test_page_asks_nothing_of_a_network(page: str) -> None:
     addresses = set(re.findall(r"https?://[^\"' )]+", page))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, addresses
     sources = set(re.findall(r"(?:src|href)=\"([^\"]{0,12})", page))
     assert all(source.startswith(("data:", "#")) for source in sources), sources
 
 
-def test_plots_carry_no_fixed_colour(run_folder: Path) -> None:
+def test_plots_carry_no_fixed_colour(page: str) -> None:
     """A colour that is not a variable of the page would not follow light and dark."""
-    for svg in re.findall(r"<svg.*?</svg>", _render(run_folder), flags=re.DOTALL):
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{3,6}", svg)
 
 
-@pytest.mark.parametrize(
-    ("missing", "sentence"),
-    [
-        ("samples/samples.json", "No samples in this run folder"),
-        ("codec/codec.json", "No codec check"),
-        ("cache/report.json", "The cache has no report.json"),
-        ("ledger.json", "No ledger.json"),
-        ("kill.json", "No fault check in this run folder: 2 attempts"),
-    ],
-)
-def test_a_missing_part_is_stated(run_folder: Path, missing: str, sentence: str) -> None:
-    (run_folder / missing).unlink()
-    assert sentence in _render(run_folder)
+def test_equal_runs_give_equal_plots(page: str, run_folder: Path) -> None:
+    def plots(text: str) -> list[str]:
+        return re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+
+    assert plots(page) == plots(_render(run_folder)) and len(plots(page)) == 5
+
+
+def test_each_missing_part_is_stated(run_folder: Path) -> None:
+    """A run on which nothing was done but training, killed by nobody, and measured only later."""
+    for missing in ("samples/samples.json", "codec/codec.json", "cache/report.json", "ledger.json", "kill.json"):
+        (run_folder / missing).unlink()
+    path = run_folder / "metrics.jsonl"
+    path.write_text(
+        "".join(line for line in path.read_text().splitlines(True) if '"step": 0, "kind": "held' not in line)
+    )
+    page = _render(run_folder, num_parameters=None)
+    assert "No samples in this run folder" in page
+    assert "No codec check" in page
+    assert "The cache has no report.json" in page
+    assert "No ledger.json" in page
+    assert "No fault check in this run folder: 2 attempts" in page and "The killed worker" not in page
+    # A first held-out loss after training is not called untrained.
+    assert "after 20 steps → trained" in page and "untrained" not in page
+    words = " ".join(page.split())
+    assert "An M4V, trained for 100 steps" in words and "worker was killed" not in words
 
 
 def test_a_named_video_that_is_missing_is_an_error(run_folder: Path) -> None:
@@ -84,16 +113,3 @@ def test_a_named_video_that_is_missing_is_an_error(run_folder: Path) -> None:
 def test_a_run_without_metrics_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train first"):
         read_run(str(tmp_path), str(tmp_path))
-
-
-def test_equal_runs_give_equal_plots(run_folder: Path) -> None:
-    assert _render(run_folder) == _render(run_folder)
-
-
-def test_a_first_held_out_loss_after_training_is_not_called_untrained(run_folder: Path) -> None:
-    path = run_folder / "metrics.jsonl"
-    path.write_text(
-        "".join(line for line in path.read_text().splitlines(True) if '"step": 0, "kind": "held' not in line)
-    )
-    page = _render(run_folder)
-    assert "after 20 steps → trained" in page and "untrained" not in page
