@@ -22,14 +22,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"objective", "batch", "config", "errors"},
     "report": {"config", "storage", "errors"},
     "trainer": {"parallel", "batch", "config", "storage", "errors"},
-    "launch": {"config", "errors"},
-    "bench": {"model", "blocks", "kernels", "parallel", "config", "batch", "storage", "errors"},
+    "launch": {"config", "storage", "errors"},
     "data_pipeline": {"frozen", "batch", "config", "storage", "errors"},
 }
 """Which rooms a room may import, itself left out. `jobs` may import all; nobody imports `jobs`."""
 
 DOORS: dict[str, set[str]] = {
     "s3fs": {"m4v_dist/storage.py"},
+    "botocore": {"m4v_dist/storage.py"},
     "safetensors": {"m4v_dist/storage.py"},
     "pydantic": {"m4v_dist/config/schema.py", "m4v_dist/config/load.py"},
     "triton": {"m4v_dist/kernels/scan_triton.py"},
@@ -39,7 +39,7 @@ DOORS: dict[str, set[str]] = {
     "ray": {"m4v_dist/launch/ray_workers.py", "data_pipeline/pipeline.py"},
     "pyarrow": {"data_pipeline/manifest.py"},
     "decord": {"data_pipeline/decode.py"},
-    "webdataset": {"data_pipeline/latent_cache.py", "data_pipeline/pack.py"},
+    "webdataset": {"data_pipeline/pack.py"},
     "av": {"m4v_dist/frozen/video_file.py"},
     "PIL": {"m4v_dist/frozen/video_file.py"},
     "transformers": {"m4v_dist/frozen/text_encoder.py"},
@@ -47,6 +47,8 @@ DOORS: dict[str, set[str]] = {
     "jinja2": {"m4v_dist/report/page.py"},
 }
 """The one door of each dependency: the only files that import it."""
+NOT_BUILT_YET = {"triton", "mamba_ssm"}
+"""Dependencies whose door is kept free for a file that is still to come."""
 
 
 def _sources() -> list[Path]:
@@ -93,6 +95,15 @@ def test_imports_point_down(path: Path) -> None:
 def test_dependency_has_one_door(dependency: str) -> None:
     users = {_name(path) for path in _sources() if dependency in {name.split(".")[0] for name in _imports(path)}}
     assert users <= DOORS[dependency], f"{dependency} is imported outside its door: {sorted(users - DOORS[dependency])}"
+    unused = DOORS[dependency] - users
+    assert bool(unused) == (dependency in NOT_BUILT_YET), f"{dependency} is not imported by its door {sorted(unused)}"
+
+
+def test_every_room_is_in_use() -> None:
+    """A package with nothing but an __init__ is a promise and no room."""
+    rooms = {path.parent for path in _sources() if path.name == "__init__.py"}
+    empty = [_name(room) for room in rooms if not any(p.name != "__init__.py" for p in room.rglob("*.py"))]
+    assert not empty, f"nothing lives in {sorted(empty)}: remove them until something does"
 
 
 def test_every_room_has_a_rule() -> None:
