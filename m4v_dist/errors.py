@@ -36,6 +36,15 @@ class PreemptedError(JobError):
 
 
 class RetriesExhaustedError(JobError):
-    """Workers failed more often than `launch.max_failures` allows."""
+    """Workers failed more often than `launch.max_failures` allows, or again and again without a new checkpoint."""
 
     exit_code = 6
+
+
+class NonFiniteError(JobError):
+    """Training diverged: more steps in a row than allowed had a loss or gradient that is not finite.
+
+    A code of its own: a restart would diverge again, and neither the config nor the data alone is known to be wrong.
+    """
+
+    exit_code = 7

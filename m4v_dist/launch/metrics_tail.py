@@ -1,8 +1,12 @@
-"""Follow a run's metrics.jsonl from outside while it grows. The standard library alone."""
+"""Follow a run's metrics.jsonl from outside while it grows."""
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
+
+from m4v_dist import storage
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsTail:
@@ -16,9 +20,10 @@ class MetricsTail:
     def __init__(self, run_folder: str, *, from_end: bool = False) -> None:
         self._path = Path(run_folder) / "metrics.jsonl"
         self._offset = self._path.stat().st_size if from_end and self._path.exists() else 0
+        self.num_torn_lines = 0
 
     def new_rows(self) -> list[dict[str, Any]]:
-        """Complete rows that are new; a line that is still being written is left for the next call."""
+        """Complete rows that are new; a line in the middle of its write is left for later, a torn one is counted."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
@@ -26,4 +31,8 @@ class MetricsTail:
             data = file.read()
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return [json.loads(line) for line in complete.splitlines() if line.strip()]
+        rows, num_torn = storage.parse_json_lines(complete)
+        if num_torn:
+            self.num_torn_lines += num_torn
+            logger.warning("%s: %d torn lines passed over.", self._path, num_torn)
+        return rows

@@ -6,7 +6,6 @@ Written by: `trainer/metrics.py` (metrics.jsonl, ledger.json), `data_pipeline/pi
 fault_check.json, commands.json).
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,19 +57,12 @@ def parse_metrics(text: str) -> Metrics:
     Raises:
         ValueError: a row lacks attempt, step or kind.
     """
-    rows: list[Row] = []
-    num_torn = 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            num_torn += 1
-            continue
-        if not isinstance(row, dict) or not {"attempt", "step", "kind"} <= row.keys():
-            raise ValueError(f"metrics.jsonl line {number}: needs attempt, step and kind, but is {line[:120]}.")
-        rows.append(row)
+    rows, num_torn = storage.parse_json_lines(text.encode())
+    for number, row in enumerate(rows, start=1):
+        if not {"attempt", "step", "kind"} <= row.keys():
+            raise ValueError(
+                f"metrics.jsonl whole line {number}: needs attempt, step and kind, but is {str(row)[:120]}."
+            )
     return Metrics(tuple(rows), num_torn)
 
 

@@ -1,5 +1,6 @@
 """The start of an attempt: its number, which process is which rank, where to go on, and what the last one lost."""
 
+import logging
 import os
 import time
 
@@ -8,14 +9,17 @@ from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import DataError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
-from m4v_dist.trainer.metrics import Ledger, Metrics, lost_since, read_rows
+from m4v_dist.trainer.metrics import Broken, Ledger, Metrics, broken_attempt, read_rows
+
+logger = logging.getLogger(__name__)
 
 
-def begin_attempt(config: RunConfig, mesh: Mesh) -> tuple[str | None, Ledger, Metrics | None]:
+def begin_attempt(config: RunConfig, mesh: Mesh) -> tuple[str | None, Ledger, Metrics | None, Broken | None]:
     """Begin an attempt (collective); rank 0 writes `attempts/attempt_0001.json` before any step is done.
 
     Returns:
-        Path of the checkpoint to go on from (None: the start), the run's ledger, and rank 0's metrics.
+        Path of the checkpoint to go on from (None: the start), the run's ledger, and of rank 0 its metrics and what
+        the attempt before lost if it broke off.
 
     Raises:
         DataError: the newest checkpoint is past the end of the curriculum.
@@ -29,21 +33,15 @@ def begin_attempt(config: RunConfig, mesh: Mesh) -> tuple[str | None, Ledger, Me
             f"{saved} is past the curriculum's {config.total_steps} steps; lengthen a stage, or give another folder."
         )
     if not mesh.is_main:
-        return saved, Ledger(), None
+        return saved, Ledger(), None, None
     folder = config.run.folder
     attempts = storage.join(folder, "attempts")
     attempt = 1 + sum(name.startswith("attempt_") for name in storage.list_folder(attempts))
     facts = {"attempt": attempt, "pids": pids, "started": time.time()}
     storage.write_json(storage.join(attempts, f"attempt_{attempt:04d}.json"), facts)
-    rows = read_rows(folder)
+    rows, num_torn = read_rows(folder)
+    if num_torn:
+        logger.warning("%s/metrics.jsonl: %d torn lines passed over.", folder, num_torn)
     path = storage.join(folder, "ledger.json")
     ledger = Ledger.from_json(storage.read_json(path)) if storage.exists(path) else Ledger()
-    metrics = Metrics(folder, attempt, config.logging, config)
-    if attempt > 1:
-        lost_s, lost_steps, last = lost_since(rows, step)
-        restart_s = max(0.0, time.time() - last) if last is not None else 0.0
-        ledger.lost_s += lost_s
-        ledger.restart_s += restart_s
-        row = {"resumed_from": saved, "timing/restart_s": restart_s, "lost_steps": lost_steps, "lost_s": lost_s}
-        metrics.write("restart", step, row)
-    return saved, ledger, metrics
+    return saved, ledger, Metrics(folder, attempt, config.logging, config), broken_attempt(rows, step)

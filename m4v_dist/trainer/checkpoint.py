@@ -189,11 +189,45 @@ def load(path: str, tensors: Mapping[str, Ranges]) -> None:
 
 
 def read_state(path: str) -> dict[str, Any]:
-    """Read a checkpoint's `state.json`."""
-    state: dict[str, Any] = storage.read_json(storage.join(path, "state.json"))
+    """Read a checkpoint's `state.json`.
+
+    Raises:
+        DataError: damaged, or of another format.
+    """
+    state: dict[str, Any] = _read_part(path, "state.json")
     if state.get("format") != FORMAT:
         raise DataError(f"{path}: checkpoint format {state.get('format')}, but this code reads format {FORMAT}.")
     return state
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Read the resolved config that a checkpoint was written under, as JSON values.
+
+    Raises:
+        DataError: damaged.
+    """
+    config: dict[str, Any] = _read_part(path, "config.json")
+    return config
+
+
+def _read_part(path: str, name: str) -> Any:
+    """Read one JSON file of a committed checkpoint.
+
+    Raises:
+        DataError: it is missing, no JSON, or no JSON object.
+    """
+    file = storage.join(path, name)
+    way_out = f"the checkpoint is damaged: remove {path}, and the one before it is taken."
+    if not storage.exists(file):
+        raise DataError(f"{file}: no such file; {way_out}")
+    try:
+        value = storage.read_json(file)
+    # ValueError: no JSON, or bytes that are no text.
+    except ValueError as error:
+        raise DataError(f"{file}: not valid JSON ({error.__cause__ or error}); {way_out}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: needs a JSON object, but holds {str(value)[:60]!r}; {way_out}")
+    return value
 
 
 def stored_names(path: str, kind: str) -> list[str]:
@@ -253,7 +287,13 @@ def check(path: str) -> None:
         DataError: not committed, or a file is missing or has another size.
     """
     require_committed(path)
-    for name, size in storage.read_json(storage.join(path, COMMITTED))["size_bytes"].items():
+    marker = _read_part(path, COMMITTED)
+    if not isinstance(marker.get("size_bytes"), dict):
+        raise DataError(
+            f"{storage.join(path, COMMITTED)}: no sizes in it; the checkpoint is damaged: remove {path}, and the one "
+            "before it is taken."
+        )
+    for name, size in marker["size_bytes"].items():
         file = storage.join(path, name)
         found = storage.size_bytes(file) if storage.exists(file) else None
         if found != size:
@@ -312,7 +352,7 @@ def restore_random_state(path: str, mesh: Mesh) -> None:
     if not storage.exists(file):
         logger.info("rank %d: no saved random state in %s (another world size).", mesh.rank, path)
         return
-    state = storage.read_json(file)
+    state = _read_part(path, f"random/rank_{mesh.rank:05d}.json")
     torch.set_rng_state(_from_text(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_from_text(state["cuda"]))

@@ -1,14 +1,12 @@
-"""What stops a run from going wrong quietly: non-finite steps, a wish to stop, and the time between steps."""
+"""What stops a run from going wrong quietly: a ceiling on steps that are not finite, and the time between events."""
 
 import logging
 import time
 from collections.abc import Callable
 
+from m4v_dist.errors import NonFiniteError
+
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """More steps in a row than allowed had a loss or gradient that is not finite."""
 
 
 class SkippedSteps:
@@ -24,17 +22,20 @@ class SkippedSteps:
         self.total = 0
 
     def record(self, *, step: int, is_applied: bool, loss: float) -> None:
-        """Note a step.
-
-        Raises:
-            NonFiniteError: the ceiling is passed.
-        """
+        """Note a step; `require_finite` says later, once the step's row is written, whether it was one too many."""
         if is_applied:
             self.in_a_row = 0
             return
         self.in_a_row += 1
         self.total += 1
         logger.warning("step %d skipped on all ranks: loss %r or its gradient is not finite.", step, loss)
+
+    def require_finite(self, *, step: int, loss: float) -> None:
+        """Go on, or not, after the step that was just noted.
+
+        Raises:
+            NonFiniteError: the ceiling is passed.
+        """
         if self.in_a_row > self.ceiling:
             raise NonFiniteError(
                 f"step {step}: {self.in_a_row} steps in a row were not finite (last loss {loss!r}), more than "

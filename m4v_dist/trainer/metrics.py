@@ -25,13 +25,22 @@ logger = logging.getLogger(__name__)
 class Ledger:
     """Where the seconds of a run went, over all attempts (goodput = step_s / the sum).
 
+    Rank 0's wall clock from the start of the first attempt: every second of an attempt is in one entry, and the
+    ledger's file is written at each commit, so that work which is lost stays out of the entries of work that stands.
+    Not in it: Ray's and the workers' own start in the first attempt, and the pause after an attempt that ended as it
+    was asked to (done, or preempted and saved).
+
     Args:
-        step_s: forward, backward, optimizer of steps that count.
+        step_s: forward, backward, optimizer of steps that moved the weights and were committed.
         data_s: waiting for the loader.
         checkpoint_s: the loop standing still for a save.
         validation_s: held-out losses.
-        restart_s: from the last row of an attempt to the first step of the next.
-        lost_s: steps done after the last commit, and done again.
+        restart_s: from the last row of an attempt that broke off to the first step of the next: noticing it, new
+            workers, build and load. What an attempt did between its last row and its end is here too.
+        lost_s: from the commit that is gone back to until the last row of the attempt that broke off, whatever was
+            done then; and steps that were skipped because they were not finite.
+        build_s: building the engine and loading a checkpoint, at the start and at each curriculum boundary.
+        other_s: the rest: writing rows, asking whether to stop, closing engine and loader.
     """
 
     step_s: float = 0.0
@@ -40,6 +49,8 @@ class Ledger:
     validation_s: float = 0.0
     restart_s: float = 0.0
     lost_s: float = 0.0
+    build_s: float = 0.0
+    other_s: float = 0.0
 
     @property
     def goodput(self) -> float:
@@ -71,7 +82,8 @@ class Metrics:
         self.path = Path(folder) / "metrics.jsonl"
         self.attempt = attempt
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._end_torn_line()
         self._wandb = _start_wandb(folder, settings, config)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -83,42 +95,72 @@ class Metrics:
             values: numbers and names.
         """
         row = {"attempt": self.attempt, "step": step, "kind": kind, "time": time.time(), **values}
-        # One write call: a kill leaves the whole row or nothing of it.
-        os.write(self._file, (json.dumps(row) + "\n").encode())
+        # One write call, so that a kill leaves the whole row or nothing of it; only a full disk takes less than all.
+        self._append((json.dumps(row) + "\n").encode())
         if self._wandb is not None:
             numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
             self._wandb.log({"train/global_step": step, "attempt": self.attempt, **numbers})
 
-    def close(self) -> None:
-        """Close the file and the W&B run."""
+    def close(self, *, is_success: bool = True) -> None:
+        """Close the file and the W&B run.
+
+        Args:
+            is_success: shown in W&B: the run finished, or failed.
+        """
         os.close(self._file)
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=0 if is_success else 1)
+
+    def _end_torn_line(self) -> None:
+        """End a line that a lost node or a full disk cut short, so that the next row stands on its own."""
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            logger.warning("%s ends in a torn line; it is left as it is and passed over.", self.path)
+            self._append(b"\n")
+
+    def _append(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._file, data) :]
 
 
-def read_rows(folder: str) -> list[dict[str, Any]]:
-    """All rows of a run so far, in order; none if there is no file."""
+def read_rows(folder: str) -> tuple[list[dict[str, Any]], int]:
+    """All rows of a run so far, in order, and the number of torn lines; none if there is no file."""
     path = storage.join(folder, "metrics.jsonl")
-    if not storage.exists(path):
-        return []
-    return [json.loads(line) for line in storage.read_bytes(path).decode().splitlines() if line]
+    return storage.parse_json_lines(storage.read_bytes(path)) if storage.exists(path) else ([], 0)
 
 
-def lost_since(rows: list[dict[str, Any]], resume_step: int) -> tuple[float, int, float | None]:
-    """What the attempt before this one did in vain.
+@dataclass(frozen=True)
+class Broken:
+    """An attempt that did not end as it was asked to.
+
+    Args:
+        lost_s: seconds from the commit that is resumed from, or from its first row, to its last row.
+        lost_steps: steps done after that commit, up to the last one that has a row; with logging.every_steps = n up
+            to n - 1 more were done.
+        last_time: of its last row, in seconds since the epoch.
+    """
+
+    lost_s: float
+    lost_steps: int
+    last_time: float
+
+
+def broken_attempt(rows: list[dict[str, Any]], resume_step: int) -> Broken | None:
+    """What the attempt before this one did in vain; None if there was none, or if it ended as it was asked to.
 
     Args:
         rows: rows so far.
         resume_step: steps done at the checkpoint that is resumed from.
-
-    Returns:
-        Seconds and number of its steps from `resume_step` on, and the time of its last row (None without rows).
     """
-    if not rows:
-        return 0.0, 0, None
-    last = rows[-1]["attempt"]
-    lost = [row for row in rows if row["attempt"] == last and row["kind"] == "train" and row["step"] >= resume_step]
-    return sum(row["timing/step_s"] for row in lost), len(lost), rows[-1]["time"]
+    if not rows or rows[-1]["kind"] == "ledger":
+        return None
+    mine = [row for row in rows if row["attempt"] == rows[-1]["attempt"]]
+    # A kill between a commit and its row: the last step before it is the next best.
+    stood = [row for row in mine if row["kind"] == "train" and row["step"] < resume_step]
+    stood += [row for row in mine if row["kind"] == "checkpoint" and row["step"] <= resume_step]
+    since = max((row["time"] for row in stood), default=mine[0]["time"])
+    done = max((row["step"] + 1 for row in mine if row["kind"] == "train"), default=resume_step)
+    return Broken(max(0.0, mine[-1]["time"] - since), max(0, done - resume_step), mine[-1]["time"])
 
 
 def _start_wandb(folder: str, settings: LoggingSettings, config: RunConfig) -> Any:

@@ -101,8 +101,13 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested sections to dotted keys; of lists only those of sections are walked, and a mix of sources is one value."""
-    if isinstance(value, Mapping) and not prefix.endswith(".weights"):
+    """Nested sections to dotted keys; of lists only those of sections are walked.
+
+    A mix of sources and a stage's buckets are one value each: one more or less decides what is drawn.
+    """
+    if prefix.endswith((".weights", ".buckets")):
+        return {prefix: value}
+    if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         items = {str(position): item for position, item in enumerate(value)}.items()

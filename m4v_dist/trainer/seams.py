@@ -61,3 +61,8 @@ class Loader(Protocol):
     def close(self) -> None:
         """Stop reading ahead."""
         ...
+
+    @property
+    def num_bad_records(self) -> int:
+        """Damaged records that this rank has met and replaced since it began."""
+        ...

@@ -23,6 +23,8 @@ class Sums:
         tokens: of all packed segments.
         samples: slots per source, fillers left out.
         full_tokens: tokens per source, counted without a pyramid.
+        bad_records: damaged records that the ranks met, summed.
+        wants_stop: whether any rank (rank 0 is the one that asks) was told to stop.
     """
 
     loss: float
@@ -30,6 +32,8 @@ class Sums:
     tokens: int
     samples: dict[str, int]
     full_tokens: dict[str, int]
+    bad_records: int
+    wants_stop: bool
 
 
 class Tally:
@@ -64,14 +68,22 @@ class Tally:
                 self._samples[slot.source] += 1
                 self._full_tokens[slot.source] += slot.num_full_tokens
 
-    def summed(self, mesh: Mesh) -> Sums:
-        """Sum over ranks (collective)."""
+    def summed(self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False) -> Sums:
+        """Sum over ranks (collective).
+
+        Args:
+            mesh: rank facts.
+            bad_records: this rank's count.
+            wants_stop: whether this rank was told to stop; it travels with the numbers that every step sums anyway.
+        """
         losses = torch.stack([value.double() for value in self._losses]).sum().reshape(1).cpu()
         metrics = [torch.stack(values).double().sum(0).cpu() for values in self._metrics.values()]
-        counts = torch.tensor([self._tokens, *self._samples.values(), *self._full_tokens.values()]).double()
+        counts = torch.tensor(
+            [bad_records, wants_stop, self._tokens, *self._samples.values(), *self._full_tokens.values()]
+        ).double()
         total = mesh.sum_over_ranks(torch.cat([losses, *metrics, counts])).tolist()
         pairs = total[1 : 1 + 2 * len(metrics)]
-        tokens, *others = (int(value) for value in total[1 + 2 * len(metrics) :])
+        bad, stop, tokens, *others = (int(value) for value in total[1 + 2 * len(metrics) :])
         return Sums(
             loss=total[0],
             means={
@@ -80,4 +92,6 @@ class Tally:
             tokens=tokens,
             samples=dict(zip(self._samples, others, strict=False)),
             full_tokens=dict(zip(self._full_tokens, others[len(self._samples) :], strict=True)),
+            bad_records=bad,
+            wants_stop=stop > 0,
         )

@@ -2,7 +2,8 @@
 
 It is given model, objective and loader, and imports none of them. One step is: this rank's micro-batches through the
 objective, one reduction of gradients, one sum over ranks of all numbers (loss, loss per pyramid stage, tokens,
-samples), then, only if that loss is finite, the optimizer. So every rank decides the same from the same bits.
+samples, and whether rank 0 was asked to stop), then, only if that loss is finite, the optimizer. So every rank decides
+the same from the same bits.
 
 A resume, a restart after a lost worker and the boundary of a curriculum stage are one path: build model and engine,
 load the newest committed checkpoint, go on at its step.
@@ -10,6 +11,7 @@ load the newest committed checkpoint, go on at its step.
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,7 @@ from m4v_dist.trainer.curriculum import Phase, phase_at
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.guards import Clock, SkippedSteps
-from m4v_dist.trainer.metrics import Ledger, Metrics
+from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
 from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
 from m4v_dist.trainer.seams import Loader, Objective, StepBatch
@@ -60,7 +62,7 @@ class Trainer:
         build_model: builds the model with its start weights, the same on every rank.
         objective: called with the engine's model and a micro-batch.
         loader: this rank's.
-        should_stop: asked on rank 0 after each step; True saves and ends with PreemptedError.
+        should_stop: asked on rank 0 in each step; True saves after that step and ends with PreemptedError.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Trainer:
         self.saved: str | None = None
         self.held_out_loss: float | None = None
         self.metrics: Metrics | None = None
+        self.wants_stop = False
         self.engine: ZeroEngine
         self.ema: Ema
 
@@ -97,20 +100,54 @@ class Trainer:
             NonFiniteError: too many steps in a row were not finite.
             DataError: the newest checkpoint does not fit this model.
         """
-        self.saved, self.ledger, self.metrics = begin_attempt(self.config, self.mesh)
+        self.clock.lap()
+        self.saved, self.ledger, self.metrics, broken = begin_attempt(self.config, self.mesh)
         self.step = 0 if self.saved is None else checkpoint.step_of(self.saved)
+        is_ended_as_asked = False
+        try:
+            self._train(broken)
+            is_ended_as_asked = True
+        except PreemptedError:
+            is_ended_as_asked = True
+            raise
+        finally:
+            self._end_attempt(is_ended_as_asked=is_ended_as_asked)
+        assert self.saved is not None, "the curriculum has at least one step, and its end is saved"
+        return TrainResult(self.step, self.held_out_loss, self.saved)
+
+    def _train(self, broken: Broken | None) -> None:
+        """Do all phases that are left.
+
+        Args:
+            broken: what the attempt before lost, if this one is a restart.
+        """
         while (phase := phase_at(self.config.curriculum, self.step)) is not None:
             self._enter(phase)
+            self._count_start(broken)
+            broken = None
             if self.step == 0:
                 self._validate()
             self._train_phase(phase)
             self.loader.close()
             self.engine.close()
-        self._end_attempt()
-        assert self.saved is not None, "the curriculum has at least one step, and its end is saved"
-        return TrainResult(self.step, self.held_out_loss, self.saved)
+            self._lap_other()
 
     # ---- phases
+
+    def _count_start(self, broken: Broken | None) -> None:
+        """Put the time until here into the ledger: of a restart from the broken attempt's last row, else a build."""
+        build_s = self.clock.lap()
+        if broken is None:
+            self.ledger.build_s += build_s
+        else:
+            restart_s = max(build_s, time.time() - broken.last_time)
+            self.ledger.restart_s += restart_s
+            self.ledger.lost_s += broken.lost_s
+            lost = {"lost_steps": broken.lost_steps, "lost_s": broken.lost_s}
+            row = {"resumed_from": self.saved, "timing/restart_s": restart_s, "timing/build_s": build_s, **lost}
+            self._write("restart", self.step, row)
+        # Now, so that an attempt that dies before its first commit still counts.
+        self._write_ledger()
 
     def _enter(self, phase: Phase) -> None:
         """Build the engine of a phase and fill it from the newest checkpoint, if there is one."""
@@ -138,16 +175,15 @@ class Trainer:
             if self.step == self.config.total_steps:
                 # Before the last commit: a kill between the two would leave a finished run without its figure.
                 self.held_out_loss = self._validate()
-            wants_stop = self.mesh.from_main(self.should_stop())
-            if self.step % every.checkpoint_every_steps == 0 or self.step == phase.stop or wants_stop:
+            if self.step % every.checkpoint_every_steps == 0 or self.step == phase.stop or self.wants_stop:
                 self._save(phase)
-            if wants_stop and self.step < self.config.total_steps:
+            if self.wants_stop and self.step < self.config.total_steps:
                 raise PreemptedError(f"asked to stop at step {self.step}; saved: {self.saved}. Submit again to go on.")
             if every.validate_every_steps and self.step % every.validate_every_steps == 0 and self.step < phase.stop:
                 self._validate()
 
     def _train_step(self, phase: Phase, batches: Iterator[StepBatch]) -> None:
-        self.clock.lap()
+        self._lap_other()
         batch = next(batches)
         assert batch.step == self.step, f"the loader yields step {batch.step}, the trainer is at {self.step}"
         data_s = self.clock.lap()
@@ -158,7 +194,9 @@ class Trainer:
                 output = self.objective(self.engine.model, micro_batch)
                 self.engine.backward(output.loss)
                 tally.add(output.loss, output.metrics, micro_batch)
-        sums = tally.summed(self.mesh)
+        wants_stop = self.mesh.is_main and self.should_stop()
+        sums = tally.summed(self.mesh, bad_records=self.loader.num_bad_records, wants_stop=wants_stop)
+        self.wants_stop = sums.wants_stop
         # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
         norm = self.engine.step(rate) if math.isfinite(sums.loss) else None
         if not math.isfinite(sums.loss):
@@ -170,7 +208,10 @@ class Trainer:
             self.seen[f"samples/{name}"] += sums.samples[name]
             self.seen[f"tokens/{name}"] += sums.full_tokens[name]
         self.ledger.data_s += data_s
-        self.ledger.step_s += step_s
+        if norm is not None:
+            self.ledger.step_s += step_s
+        else:
+            self.ledger.lost_s += step_s
         self.skipped.record(step=self.step, is_applied=norm is not None, loss=sums.loss)
         if self.step % self.config.logging.every_steps == 0:
             row = {
@@ -179,6 +220,7 @@ class Trainer:
                 "train/grad_norm": norm if norm is not None else math.nan,
                 "train/lr": rate,
                 "train/skipped_steps": self.skipped.total,
+                "data/bad_records": sums.bad_records,
                 "timing/step_s": step_s,
                 "timing/data_s": data_s,
                 "perf/tokens_per_sec_per_gpu": sums.tokens / (step_s + data_s) / self.mesh.world_size,
@@ -187,6 +229,8 @@ class Trainer:
             row |= {f"data/{name}/samples_seen": self.seen[f"samples/{name}"] for name in self.sources}
             row |= {f"data/{name}/tokens_seen": self.seen[f"tokens/{name}"] for name in self.sources}
             self._write("train", self.step, row)
+        # After the row, which says what was not finite.
+        self.skipped.require_finite(step=self.step, loss=sums.loss)
         self.step += 1
 
     @torch.no_grad()
@@ -194,7 +238,7 @@ class Trainer:
         """Loss of the fixed held-out slots with their fixed draws; None when it is switched off (collective)."""
         if not self.config.trainer.held_out_slots:
             return None
-        self.clock.lap()
+        self._lap_other()
         self.engine.train(False)
         tally = Tally(())
         for micro_batch in self.loader.held_out():
@@ -213,7 +257,7 @@ class Trainer:
     # ---- state
 
     def _save(self, phase: Phase) -> None:
-        self.clock.lap()
+        self._lap_other()
         state = {
             "curriculum_stage": {"index": phase.index, "name": phase.settings.name, "start": phase.start},
             "loader": self.loader.state_dict(),
@@ -251,12 +295,18 @@ class Trainer:
         # Last, after all that could have drawn from it.
         checkpoint.restore_random_state(path, self.mesh)
 
-    def _end_attempt(self) -> None:
-        self._write("ledger", self.step, self.ledger.to_json())
-        self._write_ledger()
-        self._log("ledger: %s", ", ".join(f"{name} {value:.2f}" for name, value in self.ledger.to_json().items()))
+    def _end_attempt(self, *, is_ended_as_asked: bool) -> None:
+        """Close what is open; the ledger of an attempt that breaks off stays as of its last commit."""
+        if is_ended_as_asked:
+            self._lap_other()
+            self._write("ledger", self.step, self.ledger.to_json())
+            self._write_ledger()
+            self._log("ledger: %s", ", ".join(f"{name} {value:.2f}" for name, value in self.ledger.to_json().items()))
         if self.metrics is not None:
-            self.metrics.close()
+            self.metrics.close(is_success=is_ended_as_asked)
+
+    def _lap_other(self) -> None:
+        self.ledger.other_s += self.clock.lap()
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self.metrics is not None:

@@ -34,6 +34,16 @@ def test_rows_of_an_earlier_submission_are_not_shown(tmp_path: Path) -> None:
     assert [row["step"] for row in tail.new_rows()] == [5]
 
 
+def test_a_torn_line_does_not_end_the_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tail = MetricsTail(str(tmp_path))
+    with TrainingProgress(str(tmp_path), total_steps=8, start_step=0):
+        (tmp_path / "metrics.jsonl").write_text('{"attempt": 1, "st\n')
+        assert tail.new_rows() == [] and tail.num_torn_lines == 1
+        _write(tmp_path, "train", 4)
+    assert "5/8" in capfd.readouterr().err.split("\r")[-1]
+    assert [row["step"] for row in tail.new_rows()] == [4]
+
+
 def test_an_error_in_the_block_comes_through(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="worker"), TrainingProgress(str(tmp_path), total_steps=8, start_step=0):
         raise RuntimeError("worker")

@@ -1,6 +1,7 @@
 """What a checkpoint promises: re-sharding, the commit marker, damage, and what is pruned when."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,36 @@ def test_a_file_cut_short_after_the_commit_is_found(copy: str) -> None:
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(DataError, match=rf"{data.name}.*committed"):
         checkpoint.load_weights(copy)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "\0\0"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("COMMITTED", checkpoint.check),
+        ("state.json", checkpoint.read_state),
+        ("config.json", checkpoint.read_config),
+    ],
+)
+def test_a_damaged_json_file_is_a_data_error_with_the_way_out(
+    tmp_path: Path, name: str, read: Callable[[str], Any], damage: str
+) -> None:
+    folder = tmp_path / "checkpoints" / "step_00000120"
+    folder.mkdir(parents=True)
+    (folder / "COMMITTED").write_text("{}")
+    (folder / name).write_text(damage)
+    with pytest.raises(DataError, match=rf"step_00000120/{name}.*damaged: remove .*step_00000120, and the one before"):
+        read(str(folder))
+
+
+def test_a_marker_without_sizes_and_a_missing_state_are_data_errors(tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000120"
+    folder.mkdir()
+    (folder / "COMMITTED").write_text("{}")
+    with pytest.raises(DataError, match="COMMITTED: no sizes"):
+        checkpoint.check(str(folder))
+    with pytest.raises(DataError, match=r"state.json: no such file"):
+        checkpoint.read_state(str(folder))
 
 
 def test_another_models_checkpoint_is_refused_by_parameter_name(saved: str) -> None:

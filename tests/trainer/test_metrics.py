@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from m4v_dist.config.schema import LoggingSettings
 from m4v_dist.trainer.deepspeed_engine import Slice
 from m4v_dist.trainer.ema import Ema, decay_at
 from m4v_dist.trainer.guards import Clock
-from m4v_dist.trainer.metrics import Ledger, Metrics, lost_since, read_rows
+from m4v_dist.trainer.metrics import Ledger, Metrics, broken_attempt, read_rows
 from tests.trainer.toy import toy_config
 
 
@@ -28,22 +30,61 @@ def test_rows_are_appended_over_attempts_and_floats_read_back_to_the_last_bit(tm
             metrics.write("train", step, {"train/loss": value, "timing/step_s": 1.0})
         metrics.write("train", 9, {"train/loss": math.nan, "timing/step_s": 1.0})
         metrics.close()
-    rows = read_rows(str(tmp_path))
+    rows, num_torn = read_rows(str(tmp_path))
+    assert num_torn == 0
     assert [row["train/loss"] for row in rows][:4] == values
     assert [row["attempt"] for row in rows] == [1] * 5 + [2] * 5
     assert math.isnan(rows[4]["train/loss"])
 
 
-def test_lost_work_is_what_the_last_attempt_did_after_the_checkpoint(tmp_path: Path) -> None:
-    for attempt, steps in ((1, range(6)), (2, range(4, 9))):
+@pytest.mark.parametrize("torn", [b'{"attempt": 1, "st', b"\0\0\0\0", b"\xff\xfe{", b"[1]"])
+def test_a_torn_line_costs_itself_only_and_the_next_row_stands_on_its_own(tmp_path: Path, torn: bytes) -> None:
+    metrics = _metrics(tmp_path, 1)
+    metrics.write("train", 0, {})
+    metrics.close()
+    with metrics.path.open("ab") as file:
+        file.write(torn)
+    for attempt in (2, 3):
         metrics = _metrics(tmp_path, attempt)
-        for step in steps:
-            metrics.write("train", step, {"timing/step_s": 2.0})
+        metrics.write("train", attempt, {})
         metrics.close()
-    seconds, steps_lost, last = lost_since(read_rows(str(tmp_path)), resume_step=7)
-    assert (seconds, steps_lost) == (4.0, 2)
-    assert last is not None
-    assert lost_since([], 0) == (0.0, 0, None)
+    rows, num_torn = read_rows(str(tmp_path))
+    assert [row["attempt"] for row in rows] == [1, 2, 3]
+    assert num_torn == 1
+    assert b"\n\n" not in metrics.path.read_bytes()
+
+
+def test_a_disk_that_takes_a_part_of_a_row_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: whole(file, data[:7]))
+    metrics = _metrics(tmp_path, 1)
+    metrics.write("train", 0, {"train/loss": 1.0})
+    metrics.close()
+    assert read_rows(str(tmp_path))[0][0]["train/loss"] == 1.0
+
+
+def _row(attempt: int, kind: str, step: int, time: float) -> dict[str, Any]:
+    return {"attempt": attempt, "kind": kind, "step": step, "time": time}
+
+
+def test_lost_work_is_the_time_since_the_checkpoint_whatever_was_logged_in_it() -> None:
+    rows = [_row(1, "train", 5, 1.0), _row(2, "restart", 4, 10.0), _row(2, "train", 4, 12.0)]
+    rows += [_row(2, "checkpoint", 6, 15.0), _row(2, "train", 8, 21.0), _row(2, "held_out", 9, 30.0)]
+    broken = broken_attempt(rows, resume_step=6)
+    assert broken is not None
+    # steps 6, 7 and 8 with one row (every_steps = 4), and a held-out loss
+    assert (broken.lost_s, broken.lost_steps, broken.last_time) == (15.0, 3, 30.0)
+    # no commit of its own: all since its first row
+    none_of_its_own = broken_attempt(rows, resume_step=4)
+    assert none_of_its_own is not None and none_of_its_own.lost_s == 20.0
+    # killed between a commit and its row
+    unwritten = broken_attempt(rows[:3], resume_step=5)
+    assert unwritten is not None and (unwritten.lost_s, unwritten.lost_steps) == (0.0, 0)
+
+
+def test_an_attempt_that_ended_as_asked_lost_nothing_and_its_pause_is_no_restart() -> None:
+    assert broken_attempt([], 0) is None
+    assert broken_attempt([_row(1, "train", 5, 1.0), _row(1, "ledger", 6, 2.0)], 6) is None
 
 
 def test_the_ledger_survives_json_and_goodput_is_the_share_of_steps() -> None:

@@ -31,6 +31,8 @@ def _json(**changes: Any) -> dict[str, Any]:
         ("objective__cfg_dropout", 0.5),
         ("curriculum__0__learning_rate", 1.0),
         ("curriculum__1__weights", {"clips": 9.0}),
+        ("curriculum__1__buckets", [{"height_px": 64, "width_px": 64}, {"height_px": 128, "width_px": 64}]),
+        ("curriculum__0__buckets", [{"height_px": 128, "width_px": 64}]),
         ("sources", []),
     ],
 )
@@ -55,7 +57,14 @@ def test_where_and_how_it_runs_may_change(key: str, value: Any) -> None:
     require_same_run(_json(), _json(**{key: value}), stage_index=1, where="step_00000006")
 
 
+def test_a_bucket_that_is_dropped_is_refused_like_one_that_is_added() -> None:
+    two = _json(curriculum__0__buckets=[{"height_px": 64, "width_px": 64}, {"height_px": 128, "width_px": 64}])
+    with pytest.raises(ConfigError, match=r"curriculum.0.buckets.*128.*->"):
+        require_same_run(two, _json(), stage_index=0, where="step_00000002")
+
+
 def test_a_stage_that_has_not_begun_may_change() -> None:
     require_same_run(_json(), _json(curriculum__1__learning_rate=0.5), stage_index=0, where="step_00000002")
+    require_same_run(_json(), _json(curriculum__1__buckets=[]), stage_index=0, where="step_00000002")
     with pytest.raises(ConfigError, match="curriculum.0.num_steps"):
         require_same_run(_json(), _json(curriculum__0__num_steps=9), stage_index=1, where="step_00000006")

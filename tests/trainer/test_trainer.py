@@ -4,16 +4,17 @@ Kill and resume: tests/integration/test_resume.py.
 """
 
 import json
+import os
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from m4v_dist.errors import PreemptedError
+from m4v_dist.errors import NonFiniteError, PreemptedError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
-from m4v_dist.trainer.guards import NonFiniteError
 from m4v_dist.trainer.trainer import Trainer
 from tests.trainer.ranks import run_ranks
 from tests.trainer.toy import ToyLoader, ToyModel, ToyOutput, toy_config, toy_objective
@@ -52,6 +53,7 @@ def test_phases_change_freeze_set_rate_and_data_counts_at_their_boundary(straigh
     last = rows(folder, "train")[-1]
     assert last["data/clips/samples_seen"] == last["data/images/samples_seen"] == 6 * TOTAL
     assert last["data/clips/tokens_seen"] == 40 * 6 * TOTAL
+    assert last["data/bad_records"] == 1 + 2, "rank 0 met one and rank 1 two"
     # double blocks were frozen for 4 steps and begin their own AdamW after it
     steps = checkpoint.read_state(str(checkpoint.newest_committed(f"{folder}/checkpoints")))["optimizer_steps"]
     assert steps == {"double_blocks/decay": 6, "double_blocks/no_decay": 6, "rest/decay": 10, "rest/no_decay": 10}
@@ -66,7 +68,12 @@ def _more_jobs(folder: str) -> dict[str, Any]:
     again = _trainer(f"{folder}/done").run()
     answer["again"] = (first.step, again.step, first.checkpoint == again.checkpoint)
     stopping = _trainer(f"{folder}/stopped")
-    stopping.should_stop = lambda: stopping.step >= 5
+
+    def stop_after_five() -> bool:
+        assert stopping.mesh.is_main, "only rank 0 asks"
+        return stopping.step >= 4
+
+    stopping.should_stop = stop_after_five
     try:
         stopping.run()
     except PreemptedError as error:
@@ -83,6 +90,8 @@ def _more_jobs(folder: str) -> dict[str, Any]:
         _trainer(f"{folder}/gives_up", objective=nan_on_one_rank, max_skipped_steps=1).run()
     except NonFiniteError as error:
         answer["gave_up"] = str(error)
+        answer["exit_code"] = error.exit_code
+    answer["open_files"] = [name for name in map(os.path.realpath, glob("/proc/self/fd/*")) if "metrics.jsonl" in name]
     return answer
 
 
@@ -113,3 +122,64 @@ def test_a_nan_on_one_rank_is_logged_as_nan_and_skipped(more: tuple[str, dict[st
 def test_too_many_skips_in_a_row_end_the_run_with_the_way_out(more: tuple[str, dict[str, Any]]) -> None:
     assert "2 steps in a row" in more[1]["gave_up"]
     assert "trainer.max_skipped_steps=1" in more[1]["gave_up"]
+    assert more[1]["exit_code"] == 7
+
+
+def test_the_step_that_was_one_too_many_has_its_row(more: tuple[str, dict[str, Any]]) -> None:
+    last = rows(f"{more[0]}/gives_up", "train")[-1]
+    assert (last["step"], last["train/skipped_steps"]) == (3, 2)
+    assert last["train/loss"] != last["train/loss"]
+
+
+def test_every_ending_closes_the_metrics_and_only_one_as_asked_ends_the_ledger(
+    more: tuple[str, dict[str, Any]],
+) -> None:
+    assert more[1]["open_files"] == []
+    assert [len(rows(f"{more[0]}/{name}", "ledger")) for name in ("done", "stopped", "gives_up")] == [2, 1, 0]
+
+
+def test_the_ledger_holds_every_second_of_an_attempt(straight: str) -> None:
+    written = [json.loads(line) for line in (Path(straight) / "metrics.jsonl").read_text().splitlines()]
+    started = json.loads((Path(straight) / "attempts" / "attempt_0001.json").read_text())["started"]
+    ledger = json.loads((Path(straight) / "ledger.json").read_text())
+    total = sum(value for name, value in ledger.items() if name.endswith("_s"))
+    # it begins a little before the attempt's file and ends with the ledger's row
+    assert total == pytest.approx(written[-1]["time"] - started, abs=0.3)
+    assert ledger["build_s"] > 0 and ledger["lost_s"] == ledger["restart_s"] == 0
+    assert ledger["goodput"] == pytest.approx(ledger["step_s"] / total)
+
+
+def test_skipped_steps_are_lost_time(more: tuple[str, dict[str, Any]]) -> None:
+    skipped = [row["timing/step_s"] for row in rows(f"{more[0]}/skips", "train") if row["step"] in (2, 3)]
+    (ledger,) = rows(f"{more[0]}/skips", "ledger")
+    assert ledger["lost_s"] == pytest.approx(sum(skipped))
+
+
+def _restart_job(folder: str) -> None:
+    """Attempts 1 and 2 break off after step 4, the second before it commits; attempt 3 goes on to the end."""
+    for _ in range(2):
+        breaking = _trainer(folder)
+
+        # on both ranks, so that none is left waiting
+        def broken_objective(model: Any, batch: Any, trainer: Trainer = breaking) -> ToyOutput:
+            if trainer.step > 4:
+                raise RuntimeError("worker lost")
+            return toy_objective(model, batch)
+
+        breaking.objective = broken_objective
+        with pytest.raises(RuntimeError, match="worker lost"):
+            breaking.run()
+    _trainer(folder).run()
+
+
+def test_a_restart_lasts_until_the_first_step_and_counts_though_nothing_is_committed_after_it(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    run_ranks(_restart_job, 2, folder)
+    second, third = rows(folder, "restart")
+    assert (second["step"], third["step"]) == (4, 4)
+    assert second["lost_steps"] == third["lost_steps"] == 1
+    for row in (second, third):
+        assert row["timing/restart_s"] >= row["timing/build_s"] > 0
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["restart_s"] == pytest.approx(second["timing/restart_s"] + third["timing/restart_s"])
+    assert ledger["lost_s"] == pytest.approx(second["lost_s"] + third["lost_s"])

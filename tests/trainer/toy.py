@@ -111,6 +111,11 @@ class ToyLoader:
     def close(self) -> None:
         pass
 
+    @property
+    def num_bad_records(self) -> int:
+        """As if each rank had met one more than its rank."""
+        return 1 + self.rank
+
     def held_out(self) -> tuple[LatentBatch, ...]:
         share = self.num_slots // self.world_size
         return (toy_batch(10**6, list(range(self.rank * share, (self.rank + 1) * share)), self.num_slots),)
