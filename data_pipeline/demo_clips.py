@@ -1,7 +1,7 @@
 """The demo's clips: a committed list names files inside installed PyPI packages; here they become records to pack.
 
-Animated WebP is decoded by Pillow and written as H.264 mp4, an mp4 is taken as it is. Each training clip also gives one
-still, for a source of images. Nothing is downloaded. Packing itself is `pack.py`'s.
+Animated WebP is decoded by Pillow and written as H.264 mp4, an mp4 is taken as it is. Each training clip also gives two
+stills, half a clip apart, for a source of images. Nothing is downloaded. Packing itself is `pack.py`'s.
 """
 
 import importlib.util
@@ -33,9 +33,10 @@ class DemoClip:
         file: path below site-packages, `package/folder/file`.
         split: train or held_out.
         caption: what is seen, written by hand.
-        still_frame: 0-based frame that becomes the still.
+        still_frame: 0-based frame that becomes the first still.
         fps: frames per second, for files that store none.
         licence: of the package that ships it.
+        is_in_demo: whether the demo packs it; the others only fit the codec's basis.
     """
 
     stem: str
@@ -45,6 +46,7 @@ class DemoClip:
     still_frame: int
     fps: float
     licence: str
+    is_in_demo: bool
 
     @property
     def key(self) -> str:
@@ -87,13 +89,13 @@ def package_file(relative: str) -> Path:
     return path
 
 
-def media_records(clips: Sequence[DemoClip], num_threads: int) -> Iterator[tuple[RawClip, RawClip]]:
-    """Make (video, still) of each clip, in order; decoding and encoding run in threads, which release the GIL."""
+def media_records(clips: Sequence[DemoClip], num_threads: int) -> Iterator[tuple[RawClip, list[RawClip]]]:
+    """Make (video, stills) of each clip, in order; decoding and encoding run in threads, which release the GIL."""
     with ThreadPoolExecutor(num_threads, thread_name_prefix="pack") as pool:
         yield from pool.map(_records_of, clips)
 
 
-def _records_of(clip: DemoClip) -> tuple[RawClip, RawClip]:
+def _records_of(clip: DemoClip) -> tuple[RawClip, list[RawClip]]:
     path = package_file(clip.file)
     if path.suffix == ".mp4":
         frames, _ = read_video(str(path))
@@ -105,11 +107,12 @@ def _records_of(clip: DemoClip) -> tuple[RawClip, RawClip]:
     if not 0 <= clip.still_frame < len(frames):
         raise DataError(f"{clip.stem}: still_frame={clip.still_frame}, but the clip has {len(frames)} frames.")
     metadata = {"licence": clip.licence, "file": clip.file}
-    still = encode_png(frames[clip.still_frame])
-    return (
-        RawClip(clip.key, "mp4", media, clip.caption, metadata),
-        RawClip(f"{clip.key}_still", "png", still, clip.caption, metadata),
-    )
+    chosen = (clip.still_frame, (clip.still_frame + len(frames) // 2) % len(frames))
+    stills = [
+        RawClip(f"{clip.key}_still_{frame:04d}", "png", encode_png(frames[frame]), clip.caption, metadata)
+        for frame in chosen
+    ]
+    return RawClip(clip.key, "mp4", media, clip.caption, metadata), stills
 
 
 def _even(frames: Frames) -> Frames:
@@ -129,7 +132,7 @@ def pack_demo(clips: Sequence[DemoClip], folder: str, *, num_clips_per_shard: in
     The broken record is the sixth of the training clips: in the middle of a shard, with neighbours that must be kept.
 
     Args:
-        clips: the list.
+        clips: the list; those that are not in the demo are left out.
         folder: local or s3://.
         num_clips_per_shard: records of one shard of training clips; stills and unseen clips take one shard each.
         num_threads: threads that decode and encode.
@@ -142,10 +145,11 @@ def pack_demo(clips: Sequence[DemoClip], folder: str, *, num_clips_per_shard: in
     """
     videos: dict[str, list[RawClip]] = {"train": [], "held_out": []}
     stills: list[RawClip] = []
-    for clip, (video, still) in zip(clips, media_records(clips, num_threads), strict=True):
+    chosen = [clip for clip in clips if clip.is_in_demo]
+    for clip, (video, pictures) in zip(chosen, media_records(chosen, num_threads), strict=True):
         videos[clip.split].append(video)
         if clip.split == "train":
-            stills.append(still)
+            stills.extend(pictures)
         yield clip.stem
     if not videos["train"] or not videos["held_out"]:
         raise DataError(

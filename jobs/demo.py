@@ -30,7 +30,7 @@ from m4v_dist.report.run_folder import Metrics, read_metrics
 
 CONFIG = "jobs/configs/demo.toml"
 CLIP_LIST = str(Path(__file__).parent / "configs" / "demo_clips.json")
-CLIPS_PER_SHARD = 11
+CLIPS_PER_SHARD = 4
 MIN_REDONE_STEPS = 5
 """Steps after a checkpoint before the kill: what is lost, done again, and compared."""
 MARKER = "made_by_jobs_demo"

@@ -1,4 +1,4 @@
-"""The demo's list holds together, and a clip of an installed package becomes an mp4 and a still."""
+"""The demo's list holds together, and a clip of an installed package becomes an mp4 and two stills."""
 
 import io
 import json
@@ -43,24 +43,27 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def _clip(file: str, still_frame: int = 3) -> DemoClip:
-    return DemoClip("a", file, "train", "noise that moves", still_frame, 15.0, "MIT")
+    return DemoClip("a", file, "train", "noise that moves", still_frame, 15.0, "MIT", True)
 
 
 def test_the_committed_list_splits_without_overlap() -> None:
     clips = read_clip_list(LIST)
     train = {clip.file for clip in clips if clip.split == "train"}
     held_out = {clip.file for clip in clips if clip.split == "held_out"}
+    in_demo = {clip.split: sum(other.is_in_demo for other in clips if other.split == clip.split) for clip in clips}
+    assert in_demo == {"train": 10, "held_out": 6}
     assert len(train) >= 20 and len(held_out) >= 4 and not train & held_out
     assert all(clip.caption.strip() and clip.licence for clip in clips)
 
 
-def test_a_webp_becomes_an_mp4_that_decord_reads_and_a_still(package: str) -> None:
-    ((video, still),) = list(media_records([_clip(package)], num_threads=1))
+def test_a_webp_becomes_an_mp4_that_decord_reads_and_two_stills(package: str) -> None:
+    ((video, stills),) = list(media_records([_clip(package)], num_threads=1))
     clip = decode_clip(video.data, video.kind, RULE)
     assert clip.source_num_frames == 24 and clip.source_size == (64, 66)
-    assert video.caption == still.caption == "noise that moves"
-    assert decode_clip(still.data, still.kind, RULE).frames.shape == (1, 64, 64, 3)
-    assert video.key != still.key
+    assert len({video.key, *(still.key for still in stills)}) == 3
+    for still in stills:
+        assert video.caption == still.caption == "noise that moves"
+        assert decode_clip(still.data, still.kind, RULE).frames.shape == (1, 64, 64, 3)
 
 
 def test_the_broken_record_cannot_be_decoded(package: str) -> None:
@@ -82,9 +85,9 @@ def test_a_package_that_is_not_installed_is_named() -> None:
 
 
 def test_a_dot_in_a_stem_does_not_reach_the_key(package: str) -> None:
-    clip = DemoClip("v1.5_a", package, "train", "noise", 0, 15.0, "MIT")
-    ((video, still),) = list(media_records([clip], num_threads=1))
-    assert (video.key, still.key) == ("v1_5_a", "v1_5_a_still")
+    clip = DemoClip("v1.5_a", package, "train", "noise", 0, 15.0, "MIT", True)
+    ((video, stills),) = list(media_records([clip], num_threads=1))
+    assert [video.key, *(still.key for still in stills)] == ["v1_5_a", "v1_5_a_still_0000", "v1_5_a_still_0012"]
 
 
 def test_a_stem_that_stands_twice_is_an_error(tmp_path: Path) -> None:
@@ -96,8 +99,9 @@ def test_a_stem_that_stands_twice_is_an_error(tmp_path: Path) -> None:
 
 
 def test_packing_writes_three_sources_with_the_broken_file_among_its_neighbours(package: str, tmp_path: Path) -> None:
-    clips = [DemoClip(f"c{n}", package, "train", f"caption {n}", 0, 15.0, "MIT") for n in range(2)]
-    clips.append(DemoClip("u", package, "held_out", "unseen", 0, 15.0, "MIT"))
+    clips = [DemoClip(f"c{n}", package, "train", f"caption {n}", 0, 15.0, "MIT", True) for n in range(2)]
+    clips.append(DemoClip("u", package, "held_out", "unseen", 0, 15.0, "MIT", True))
+    clips.append(DemoClip("left_out", package, "train", "for the codec only", 0, 15.0, "MIT", False))
     out = str(tmp_path / "shards")
     assert list(pack_demo(clips, out, num_clips_per_shard=2, num_threads=1)) == ["c0", "c1", "u"]
 
@@ -107,4 +111,5 @@ def test_packing_writes_three_sources_with_the_broken_file_among_its_neighbours(
         return [record.key for record in records if isinstance(record, RawClip)]
 
     assert keys("clips-000") + keys("clips-001") == ["c0", "c1", BROKEN_KEY]
-    assert keys("stills-000") == ["c0_still", "c1_still"] and keys("unseen-000") == ["u"]
+    assert keys("stills-000") == [f"c{n}_still_{frame}" for n in range(2) for frame in ("0000", "0012")]
+    assert keys("unseen-000") == ["u"]
