@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -55,8 +55,28 @@ def index_path(cache: str, name: str) -> str:
     return storage.join(cache, "index", f"{name}.parquet")
 
 
+class _HashedFile:
+    """A file for writing that hashes what passes: a checksum of what was meant, not of what a disk kept of it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = _new_digest()
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def take_checksum(self) -> str:
+        """Checksum of what was written since the last call."""
+        checksum, self._digest = self._digest.hexdigest(), _new_digest()
+        return checksum
+
+
 class CacheShardWriter:
-    """Writes one shard: records into a local temporary file, then verify, place, and commit by the index fragment."""
+    """Writes one shard: records into a local temporary file, then place, verify, and commit by the index fragment."""
 
     def __init__(self, cache: str, name: str) -> None:
         self._cache = cache
@@ -64,8 +84,9 @@ class CacheShardWriter:
         self._rows: list[IndexRow] = []
         descriptor, self._temporary = tempfile.mkstemp(suffix=".tar")
         os.fchmod(descriptor, 0o644)  # mkstemp's files are for their owner alone; a cache is shared
-        self._file = os.fdopen(descriptor, "w+b")
-        self._tar = open_deterministic_tar(self._file)
+        self._file = os.fdopen(descriptor, "wb")
+        self._hashed = _HashedFile(self._file)
+        self._tar = open_deterministic_tar(self._hashed)
 
     def add(self, row: IndexRow, record: CacheRecord) -> None:
         """Append a record; `row` comes without shard, offset, size and checksum."""
@@ -77,23 +98,24 @@ class CacheShardWriter:
         add_member(self._tar, f"{row.key}.{_JSON}", json.dumps(described, sort_keys=True).encode())
         size = self._tar.offset - start
         self._rows.append(replace(row, shard=self._name, offset_bytes=start, size_bytes=size,
-                                  checksum=_checksum(self._reread(start, size))))  # fmt: skip
+                                  checksum=self._hashed.take_checksum()))  # fmt: skip
 
     def commit(self, notes: dict[str, Any]) -> None:
-        """Verify every record as it stands on disk, place the tar, then write the index fragment.
+        """Place the tar, verify every record under its final name, then write the index fragment.
 
         Raises:
-            OSError: what was written does not read back.
+            OSError: the placed file does not read back as it was written; the shard stays uncommitted.
         """
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
-        for row in self._rows:
-            _parse_record(self._reread(row.offset_bytes, row.size_bytes), row)
+        size = self._file.tell()
         self._file.close()
         # a shard of which nothing was kept has no tar: WebDataset readers stop at an empty one
         if self._rows:
-            storage.put_file(self._temporary, shard_path(self._cache, self._name))
+            path = shard_path(self._cache, self._name)
+            storage.put_file(self._temporary, path)
+            _verify_placed(path, size, self._rows)
         else:
             os.remove(self._temporary)
         write_index(index_path(self._cache, self._name), self._rows, notes)
@@ -103,13 +125,6 @@ class CacheShardWriter:
         self._file.close()
         if os.path.exists(self._temporary):
             os.remove(self._temporary)
-
-    def _reread(self, offset: int, size: int) -> bytes:
-        self._file.flush()
-        self._file.seek(offset)
-        data = self._file.read(size)
-        self._file.seek(0, os.SEEK_END)
-        return data
 
 
 class LatentCache:
@@ -141,8 +156,8 @@ class LatentCache:
                 at a cache without using it.
 
         Raises:
-            DataError: no cache, unfinished, empty, of another format version, or made by another codec or text
-                encoder; the message names the differing field.
+            DataError: no cache, unfinished, empty, a file of it missing, of another format version, or made by another
+                codec or text encoder; the message names the file or the differing field.
         """
         manifest = read_manifest(path)
         if manifest is None:
@@ -162,8 +177,7 @@ class LatentCache:
             raise DataError(f"{path}: the cache holds no record; see {storage.join(path, 'report.json')} for why.")
         for source_rows in rows.values():
             source_rows.sort(key=lambda row: (row.key, row.shard))
-        null_text = _text_from_bytes(storage.read_bytes(storage.join(path, manifest["null_prompt"])))
-        return cls(path, manifest, rows, null_text)
+        return cls(path, manifest, rows, _read_null_text(storage.join(path, manifest["null_prompt"])))
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -183,6 +197,13 @@ class LatentCache:
         """Index rows of a source, sorted by key; empty if it has none. Do not change the list."""
         return self._rows.get(source, [])
 
+    def digest(self, source: str) -> str:
+        """Digest of a source's keys and checksums: equal only where the records are the same, each and all."""
+        digest = _new_digest()
+        for row in self.rows(source):
+            digest.update(f"{row.key}\t{row.checksum}\n".encode())
+        return digest.hexdigest()
+
     def read(self, row: IndexRow) -> CacheRecord:
         """Read one record by a ranged read and check it.
 
@@ -193,9 +214,7 @@ class LatentCache:
             data = storage.read_bytes(shard_path(self.path, row.shard), row.offset_bytes, row.size_bytes)
         except (EOFError, FileNotFoundError) as error:
             raise CorruptRecordError(f"{row.source}/{row.key} in {row.shard}: {error}") from error
-        if _checksum(data) != row.checksum:
-            raise CorruptRecordError(f"{row.source}/{row.key} in {row.shard}: checksum differs from the index")
-        return _parse_record(data, row)
+        return _parse_record(_require_checksum(data, row), row)
 
 
 def read_manifest(cache: str) -> dict[str, Any] | None:
@@ -213,6 +232,16 @@ def write_manifest(cache: str, manifest: dict[str, Any], null_text: TextFeatures
     """Write the null prompt, then the manifest: the cache is finished."""
     storage.write_bytes(storage.join(cache, NULL_PROMPT), _text_to_bytes(null_text))
     storage.write_json(storage.join(cache, MANIFEST), manifest)
+
+
+def _read_null_text(path: str) -> TextFeatures:
+    try:
+        return _text_from_bytes(storage.read_bytes(path))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: the empty prompt's features are missing; run jobs.precompute_latents again, which writes them "
+            "anew and encodes no clip twice."
+        ) from error
 
 
 def require_fingerprint(cache: str, manifest: Mapping[str, Any], fingerprint: Mapping[str, str]) -> None:
@@ -233,8 +262,35 @@ def require_fingerprint(cache: str, manifest: Mapping[str, Any], fingerprint: Ma
         )
 
 
-def _checksum(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def _verify_placed(path: str, size: int, rows: list[IndexRow]) -> None:
+    """Read a placed shard back as the loader will, record by record.
+
+    Raises:
+        OSError: size, checksum or content is not what was written; names the file and the record.
+    """
+    found = storage.size_bytes(path)
+    if found != size:
+        raise OSError(f"{path}: holds {found} bytes where {size} were written; run again, or check the storage.")
+    for row in rows:
+        try:
+            data = storage.read_bytes(path, row.offset_bytes, row.size_bytes)
+            _parse_record(_require_checksum(data, row), row)
+        except (EOFError, CorruptRecordError) as error:
+            raise OSError(
+                f"{path}: what was written does not read back ({error}); run again, or check the storage."
+            ) from error
+
+
+def _new_digest() -> "hashlib.blake2b":
+    return hashlib.blake2b(digest_size=16)
+
+
+def _require_checksum(data: bytes, row: IndexRow) -> bytes:
+    digest = _new_digest()
+    digest.update(data)
+    if digest.hexdigest() != row.checksum:
+        raise CorruptRecordError(f"{row.source}/{row.key} in {row.shard}: checksum differs from the index")
+    return data
 
 
 def _parse_record(data: bytes, row: IndexRow) -> CacheRecord:

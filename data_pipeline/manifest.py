@@ -14,7 +14,7 @@ import pyarrow.parquet
 from braceexpand import braceexpand
 
 from m4v_dist import storage
-from m4v_dist.errors import DataError
+from m4v_dist.errors import ConfigError, DataError
 
 _NOTES = b"m4v"
 _ARROW_TYPES = {"str": pyarrow.string(), "int": pyarrow.int64(), "float": pyarrow.float64()}
@@ -38,7 +38,7 @@ class IndexRow:
         offset_bytes, size_bytes: where the record's members stand in the tar.
         checksum: blake2b of these bytes, hex.
         source_height_px, source_width_px, source_num_frames, source_fps: the file it came from.
-        scores: filter scores, a JSON object.
+        scores: what `filters.scores` measured, a JSON object.
     """
 
     key: str
@@ -66,9 +66,15 @@ def list_shards(pattern: str) -> list[str]:
     """Expand braces in a shard pattern and check that every shard is there.
 
     Raises:
-        DataError: a pattern with no shard, or a shard that is missing, by name.
+        ConfigError: braces that do not balance.
+        DataError: a shard that is missing, by name, or one that stands twice.
     """
-    paths = list(braceexpand(pattern))
+    try:
+        paths = list(braceexpand(pattern))
+    except ValueError as error:
+        raise ConfigError(
+            f"sources.shards={pattern!r}: braces do not balance; write clips-{{000..009}}.tar or {{a,b}}.tar."
+        ) from error
     present: dict[str, set[str]] = {}
     missing = []
     for path in paths:
@@ -107,19 +113,18 @@ def read_index(path: str) -> tuple[list[IndexRow], dict[str, Any]]:
     """Read an index fragment: its rows and notes.
 
     Raises:
-        DataError: no Parquet, or of another format.
+        DataError: missing, no Parquet, or of another format.
     """
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(storage.read_bytes(path)))
         notes = json.loads((table.schema.metadata or {})[_NOTES])
         return [IndexRow(**values) for values in table.to_pylist()], notes
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: this index fragment is missing; run jobs.precompute_latents again, which does its shard anew."
+        ) from error
     except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: is no index of this version ({type(error).__name__}: {error}); "
             "remove it and run jobs.precompute_latents again."
         ) from error
-
-
-def read_notes(path: str) -> dict[str, Any]:
-    """Read a fragment's notes alone."""
-    return read_index(path)[1]

@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_iterator
@@ -21,6 +21,10 @@ from m4v_dist import storage
 from m4v_dist.errors import DataError
 
 MEDIA_KINDS = VIDEO_KINDS | IMAGE_KINDS
+_COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7")
+"""First bytes of gzip, bzip2 and xz."""
+_BROKEN_TAR = (tarfile.TarError, EOFError, ValueError)
+"""What the bytes of a shard can be wrong by; ValueError is group_by_keys' word for a member twice under one key."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class RawClip:
 
 @dataclass(frozen=True)
 class ShardDamage:
-    """The rest of a shard cannot be read; what came before it stands."""
+    """The rest of a shard cannot be read, from the last record that was whole for certain; what came before stands."""
 
     error: str
 
@@ -102,7 +106,7 @@ def _write_shard(records: list[RawClip], path: str) -> str:
     return path
 
 
-def open_deterministic_tar(file: IO[bytes]) -> tarfile.TarFile:
+def open_deterministic_tar(file: Any) -> tarfile.TarFile:
     """A tar for writing whose bytes depend on its members alone."""
     return tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
 
@@ -121,10 +125,13 @@ def read_shard(path: str) -> Iterator[RawClip | ShardDamage]:
         each record; then one `ShardDamage` if the tar breaks off.
 
     Raises:
-        DataError: no such shard.
+        DataError: no such shard, or a compressed one.
+        OSError: the storage failed: the shard itself may be whole, so that is no damage and must be tried again.
     """
     if not storage.exists(path):
         raise DataError(f"{path}: no such shard; correct the sources' shards, or bring the file back.")
+    if storage.size_bytes(path) >= 2 and storage.read_bytes(path, 0, 2) in _COMPRESSED:
+        raise DataError(f"{path}: is compressed, and tarfile does not see where such a shard was cut; decompress it.")
     with storage.open_read(path) as file:
         members = tar_file_iterator(file, handler=webdataset.reraise_exception)
         samples = group_by_keys({**member, "__url__": path} for member in members)
@@ -133,9 +140,10 @@ def read_shard(path: str) -> Iterator[RawClip | ShardDamage]:
                 sample = next(samples)
             except StopIteration:
                 break
-            # group_by_keys raises ValueError for a member that stands twice under one key
-            except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-                yield ShardDamage(f"tar breaks off: {type(error).__name__}: {str(error)[:200]}")
+            except _BROKEN_TAR as error:
+                # webdataset adds its file object, whose path or address differs from run to run
+                reason = str(error).split(" @ <", 1)[0][:200]
+                yield ShardDamage(f"tar breaks off: {type(error).__name__}: {reason}")
                 return
             yield _raw_clip(sample)
     if not _has_end_mark(path):
@@ -143,9 +151,7 @@ def read_shard(path: str) -> Iterator[RawClip | ShardDamage]:
 
 
 def _has_end_mark(path: str) -> bool:
-    """Whether a plain tar ends in zeros, as every writer leaves it; a compressed one checks itself."""
-    if storage.read_bytes(path, 0, 2) in (b"\x1f\x8b", b"BZ", b"\xfd7"):
-        return True
+    """Whether a tar ends in zeros, as every writer leaves it."""
     size = storage.size_bytes(path)
     return size >= 512 and not any(storage.read_bytes(path, size - 512, 512))
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 import webdataset
 
-from data_pipeline.latent_cache import CorruptRecordError, LatentCache, index_path
+from data_pipeline.latent_cache import CacheRecord, CacheShardWriter, CorruptRecordError, LatentCache, index_path
 from data_pipeline.manifest import read_index
 from m4v_dist import storage
+from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import DataError
-from tests.data_pipeline.made_cache import FINGERPRINT, MadeSource, make_cache
+from tests.data_pipeline.made_cache import FINGERPRINT, MadeSource, made_row, make_cache
 
 SOURCES = [MadeSource("vid", "video", 5, 3), MadeSource("img", "image", 4, 1)]
 
@@ -100,3 +101,68 @@ def test_a_shard_is_not_committed_before_its_index(tmp_path: Path) -> None:
     storage.write_bytes(index_path(folder, "vid"), b"not parquet")
     with pytest.raises(DataError, match="vid.parquet: is no index"):
         LatentCache.open(folder)
+
+
+def test_missing_files_of_a_cache_are_named_with_the_way_out(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    null_prompt = Path(folder, "null_prompt.safetensors")
+    null_prompt.rename(tmp_path / "away")
+    with pytest.raises(DataError, match=r"null_prompt.safetensors: .* run jobs.precompute_latents again"):
+        LatentCache.open(folder)
+    (tmp_path / "away").rename(null_prompt)
+    Path(index_path(folder, "vid")).unlink()
+    with pytest.raises(DataError, match=r"vid.parquet: .* missing; run jobs.precompute_latents again"):
+        LatentCache.open(folder)
+
+
+def write_shard(folder: str) -> None:
+    """One shard of one record of a thousand latents."""
+    writer = CacheShardWriter(folder, "vid")
+    text = TextFeatures(torch.ones(3, 6), torch.ones(6))
+    writer.add(made_row(SOURCES[0], 0), CacheRecord(torch.ones(4, 3, 8, 8).bfloat16(), text))
+    writer.commit({})
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut"])
+def test_a_shard_that_its_place_spoils_is_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    place = storage.put_file
+
+    def spoil(local_path: str, path: str) -> None:
+        place(local_path, path)
+        data = bytearray(Path(path).read_bytes())
+        data[1200] ^= 1
+        Path(path).write_bytes(bytes(data) if harm == "flip" else bytes(data[:-512]))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "put_file", spoil)
+        with pytest.raises(OSError, match=r"shards/vid.tar: "):
+            write_shard(str(tmp_path))
+    assert not storage.exists(index_path(str(tmp_path), "vid"))
+    write_shard(str(tmp_path))
+    assert storage.exists(index_path(str(tmp_path), "vid"))
+
+
+def test_a_checksum_is_of_what_was_meant_not_of_what_the_disk_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = storage.put_file
+
+    def spoil(local_path: str, path: str) -> None:
+        data = bytearray(Path(local_path).read_bytes())
+        data[1200] ^= 1
+        Path(local_path).write_bytes(bytes(data))
+        place(local_path, path)
+
+    monkeypatch.setattr(storage, "put_file", spoil)
+    with pytest.raises(OSError, match="vid/vid000 in vid: checksum"):
+        write_shard(str(tmp_path))
+
+
+def test_the_digest_of_a_source_changes_with_each_record(tmp_path: Path) -> None:
+    whole = LatentCache.open(make_cache(str(tmp_path / "a"), SOURCES))
+    again = LatentCache.open(make_cache(str(tmp_path / "b"), SOURCES))
+    fewer = LatentCache.open(make_cache(str(tmp_path / "c"), [MadeSource("vid", "video", 4, 3), SOURCES[1]]))
+    assert whole.digest("vid") == again.digest("vid") != fewer.digest("vid")
+    assert whole.digest("img") == fewer.digest("img")

@@ -1,7 +1,12 @@
 """Raw shards: repeatable bytes, WebDataset-readable, captions from json or txt, a broken tail is reported."""
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,8 @@ import webdataset
 
 from data_pipeline.manifest import list_shards
 from data_pipeline.pack import RawClip, ShardDamage, count_records, read_shard, write_shards
-from m4v_dist.errors import DataError
+from m4v_dist import storage
+from m4v_dist.errors import ConfigError, DataError
 
 CLIPS = [RawClip(f"c{n}", "mp4", bytes([n]) * 1000, f"caption {n}", {"licence": "CC0"}) for n in range(5)]
 
@@ -87,3 +93,37 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
         list_shards(f"{tmp_path}/x-{{000..004}}.tar")
     with pytest.raises(DataError, match="no such shard"):
         list(read_shard(f"{tmp_path}/none.tar"))
+
+
+@pytest.mark.parametrize("error", [TimeoutError("read timed out"), OSError(5, "Input/output error")])
+def test_storage_that_fails_is_no_damage_of_the_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    (path,) = write_shards(CLIPS, f"{tmp_path}/x-%d.tar", 9)
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() >= 5000:
+                raise error
+            return super().read(size)
+
+    @contextmanager
+    def open_read(path: str) -> Iterator[io.BytesIO]:
+        yield Failing(Path(path).read_bytes() * 3)
+
+    monkeypatch.setattr(storage, "open_read", open_read)
+    with pytest.raises(type(error)):
+        list(read_shard(path))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_shard_is_refused(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    (path,) = write_shards(CLIPS, f"{tmp_path}/x-%d.tar", 9)
+    Path(path).write_bytes(compress(Path(path).read_bytes()))
+    with pytest.raises(DataError, match="x-0.tar: is compressed"):
+        list(read_shard(path))
+
+
+def test_braces_that_do_not_balance_are_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"sources.shards='x-\{000\.\.003.tar': braces do not balance"):
+        list_shards("x-{000..003.tar")
