@@ -2,8 +2,10 @@
 
 Every rank plans all S slots of a step (numbers only) and reads its own records. The state is a small JSON, the same on
 all ranks and for any number of them: cursors and counts after the last step that was handed out, however far the
-prefetch thread has read. A record that reads back damaged is counted, named, and replaced from a reserve stream keyed
-(seed, step, slot), so that no cursor moves; past a ceiling the run fails.
+prefetch thread has read. The state holds a digest of each source's index, so that it is refused by a cache with other
+records. A record that reads back damaged is counted, named, and replaced from a reserve stream keyed (seed, step,
+slot), so that no cursor moves; past a ceiling the run fails. The ceiling is each rank's own, over the slots that it
+read itself: it is the same share of the data for any number of ranks.
 
 Legend: `c` channels, `t` latents in time, `h` `w` latent grid.
 """
@@ -15,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from data_pipeline.latent_cache import CacheRecord, CorruptRecordError, LatentCache
+from data_pipeline.latent_cache import CacheRecord, CorruptRecordError, LatentCache, index_path
 from data_pipeline.mixture import Cursor, pack_slots
 from data_pipeline.slot_plan import ChooseUnit, LoaderState, NumSegmentTokens, SlotPlanner, StagePlan
 from m4v_dist.batch import LatentBatch, Slot
@@ -54,7 +56,8 @@ class LatentLoader:
         patch_size: side of a token in latents.
         prefetch_steps: steps read ahead by a thread; 0 reads in the caller.
         held_out_slots: H, a multiple of world_size; 0 for none.
-        max_bad_fraction: damaged records over all records of the cache; past it (and past one) the run fails.
+        max_bad_fraction: slots of this rank whose record was damaged over all slots that this rank read; past it, and
+            with more than one damaged record, the run fails.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class LatentLoader:
             num_segment_tokens=num_segment_tokens, patch_size=patch_size,
         )  # fmt: skip
         self._identity = {"seed": seed, "global_batch_slots": global_batch_slots, "sync_group": sync_group}
+        self._index = {source.name: cache.digest(source.name) for source in sources}
         self._num_slots = global_batch_slots
         self._held_out_micro_slots = curriculum[-1].micro_batch_slots
         self._rank = rank
@@ -94,6 +98,8 @@ class LatentLoader:
         self._stage: StagePlan | None = None
         self._reader: _Prefetcher | None = None
         self._bad: dict[tuple[str, int], str] = {}
+        self._num_slots_read = 0
+        self._num_slots_replaced = 0
 
     # ---- where it stands
 
@@ -116,6 +122,7 @@ class LatentLoader:
         """State after the last step handed out, as JSON values; the same on every rank."""
         return {
             **self._identity,
+            "index": dict(sorted(self._index.items())),
             "next_step": self._state.next_step,
             "cursors": {name: asdict(cursor) for name, cursor in sorted(self._state.cursors.items())},
             "samples_seen": dict(sorted(self._state.samples_seen.items())),
@@ -127,6 +134,7 @@ class LatentLoader:
 
         Raises:
             ConfigError: it belongs to another seed, batch or sync group, so the order of the data would change.
+            DataError: the cache now holds other records of a source, so the cursors would point elsewhere.
         """
         self.close()
         for name, value in self._identity.items():
@@ -135,6 +143,7 @@ class LatentLoader:
                     f"loader: the checkpoint was made with {name}={state[name]}, the run has {value}; that would "
                     "repeat and skip records. Set it back, or start a new run folder."
                 )
+        self._require_same_records(state["index"])
         self._state = LoaderState(
             next_step=state["next_step"],
             cursors={name: Cursor(**cursor) for name, cursor in state["cursors"].items()},
@@ -142,9 +151,23 @@ class LatentLoader:
             tokens_seen=dict(state["tokens_seen"]),
         )
 
+    def _require_same_records(self, index: Mapping[str, str]) -> None:
+        differing = [name for name in sorted(index) if self._index.get(name) != index[name]]
+        if differing:
+            raise DataError(
+                f"loader: the checkpoint was made with other records of {', '.join(differing)} than {self._cache.path} "
+                "holds now (clips were added, dropped or made anew); that would repeat and skip records. Bring the "
+                "cache back as it was, or start a new run folder."
+            )
+
+    @property
+    def num_bad_records(self) -> int:
+        """Damaged records that this rank met so far, each once, those read ahead too; other ranks meet others."""
+        return len(self._bad)
+
     @property
     def bad_records(self) -> dict[str, str]:
-        """Damaged records that this rank met: `source/key` to error."""
+        """The records of `num_bad_records`: `source/key` to error."""
         return {f"{source}/{self._cache.rows(source)[record].key}": e for (source, record), e in self._bad.items()}
 
     def close(self) -> None:
@@ -225,15 +248,20 @@ class LatentLoader:
         self, stage: StagePlan, slot: Slot, read: dict[tuple[str, int], CacheRecord]
     ) -> tuple[Slot, CacheRecord]:
         place = (slot.source, slot.record)
+        self._num_slots_read += 1
         for attempt in range(_RESERVE_TRIES):
             if place not in read and place not in self._bad:
                 try:
                     read[place] = self._read_record(*place)
                 except CorruptRecordError as error:
-                    self._count_bad(place, error)
+                    self._bad[place] = str(error)
+                    LOG.warning("damaged record %d of this rank, replaced: %s", len(self._bad), error)
             if place in read:
                 record = place[1]
                 return replace(slot, record=record, key=self._cache.rows(slot.source)[record].key), read[place]
+            if attempt == 0:
+                self._num_slots_replaced += 1
+            self._require_few_bad()
             place = (slot.source, self._planner.reserve(stage, slot, attempt))
         raise DataError(
             f"loader: step {slot.step}, slot {slot.index}: {_RESERVE_TRIES} records of {slot.source} in a row are "
@@ -243,17 +271,19 @@ class LatentLoader:
     def _read_record(self, source: str, record: int) -> CacheRecord:
         return self._cache.read(self._cache.rows(source)[record])
 
-    def _count_bad(self, place: tuple[str, int], error: CorruptRecordError) -> None:
-        self._bad[place] = str(error)
-        total = sum(len(self._cache.rows(source)) for source in self._cache.sources)
-        limit = max(1, int(self._max_bad_fraction * total))
-        LOG.warning("damaged record %d (limit %d), replaced: %s", len(self._bad), limit, error)
-        if len(self._bad) > limit:
+    def _require_few_bad(self) -> None:
+        """Stop past the ceiling. One damaged record is let pass: in a small cache it is more than any fraction."""
+        if len(self._bad) > 1 and self._num_slots_replaced > self._max_bad_fraction * self._num_slots_read:
             raise DataError(
-                f"loader: {len(self._bad)} of {total} cached records are damaged, more than {limit} "
-                f"(precompute.max_bad_fraction={self._max_bad_fraction:g}): {sorted(self.bad_records)[:5]}; "
-                f"precompute their shards in {self._cache.path} again."
+                f"loader: rank {self._rank} met {len(self._bad)} damaged records in {self._num_slots_replaced} of the "
+                f"{self._num_slots_read} slots that it read, more than "
+                f"precompute.max_bad_fraction={self._max_bad_fraction:g}: {sorted(self.bad_records)[:5]}; "
+                f"remove {', '.join(self._bad_fragments()[:5])}, and run jobs.precompute_latents again."
             )
+
+    def _bad_fragments(self) -> list[str]:
+        shards = {self._cache.rows(source)[record].shard for source, record in self._bad}
+        return [index_path(self._cache.path, shard) for shard in sorted(shards)]
 
     def _batch(self, items: list[tuple[Slot, CacheRecord]], num_slots: int) -> LatentBatch:
         return LatentBatch(

@@ -295,3 +295,53 @@ def test_steps_of_an_old_stage_end_when_another_is_entered(cache_folder: str) ->
     with pytest.raises(RuntimeError, match="ended"):
         next(steps)
     assert loader.state_dict()["next_step"] == 1
+
+
+def test_clips_added_between_two_starts_are_refused_by_source(cache_folder: str, tmp_path: Path) -> None:
+    before = make_loader(cache_folder)
+    before.enter(0, 0)
+    take(before, 2)
+    state = before.state_dict()
+    grown = make_cache(str(tmp_path), [SOURCES[0], MadeSource("img", "image", 14, 1), SOURCES[2]])
+    with pytest.raises(DataError, match="other records of img than"):
+        make_loader(grown).load_state_dict(state)
+    make_loader(cache_folder).load_state_dict(state)
+
+
+def test_a_rank_counts_the_damaged_records_that_it_met(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    damage(folder, "img", 3)
+    counts = []
+    for rank in range(4):
+        loader = make_loader(folder, rank, 4)
+        loader.enter(0, 0)
+        assert loader.num_bad_records == 0
+        take(loader, 1)
+        counts.append(loader.num_bad_records)
+        assert "num_bad" not in str(loader.state_dict())
+    assert set(counts) <= {0, 1} and any(counts)
+
+
+def test_the_ceiling_of_damaged_records_does_not_grow_with_the_ranks(tmp_path: Path) -> None:
+    sources = [SOURCES[0], MadeSource("img", "image", 120, 1), SOURCES[2]]
+    folder = make_cache(str(tmp_path), sources)
+    # three of ten, twice what is allowed; but each of eight ranks meets fewer than 0.15 of all 130 records
+    for position in range(0, 120, 10):
+        for offset in range(3):
+            damage(folder, "img", position + offset)
+    curriculum = (CURRICULUM[0].model_copy(update={"micro_batch_slots": 1}),)
+    for rank in range(8):
+        loader = make_loader(folder, rank, 8, curriculum=curriculum, max_bad_fraction=0.15, held_out_slots=0)
+        loader.enter(0, 0)
+        with pytest.raises(DataError, match=rf"rank {rank} met .*index/img.parquet"):
+            take(loader, 30)
+        assert loader.num_bad_records < 18
+
+
+def test_few_damaged_records_do_not_end_a_run_however_long(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), [SOURCES[0], MadeSource("img", "image", 60, 1), SOURCES[2]])
+    damage(folder, "img", 5), damage(folder, "img", 50)
+    loader = make_loader(folder, max_bad_fraction=0.2)
+    loader.enter(0, 0)
+    take(loader, 30)
+    assert loader.num_bad_records == 2
