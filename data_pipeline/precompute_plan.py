@@ -17,7 +17,7 @@ from data_pipeline.pack import count_records
 from m4v_dist import storage
 from m4v_dist.config.schema import CodecSettings, PrecomputeSettings, SourceSettings, TextEncoderSettings
 from m4v_dist.errors import DataError
-from m4v_dist.frozen.text_encoder import build_text_encoder
+from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
 
 RESIZE_RULE = "resized inside the decoder (bicubic) to cover the bucket of the nearest aspect ratio, centre crop"
@@ -79,6 +79,8 @@ class ShardOutcome:
         filtered: clips dropped, by reason.
         quarantined: clips that failed: key, shard (file name), source, error.
         num_cut_captions: captions longer than the text encoder takes.
+        damage: shard (file name), source, error, where the rest of the raw shard could not be read; empty where it was
+            whole. The clips lost there are in no other count: nobody knows how many they are.
     """
 
     source: str
@@ -87,6 +89,7 @@ class ShardOutcome:
     filtered: dict[str, int] = field(default_factory=dict)
     quarantined: list[dict[str, str]] = field(default_factory=list)
     num_cut_captions: int = 0
+    damage: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_clips(self) -> int:
@@ -96,10 +99,10 @@ class ShardOutcome:
 
 def describe_cache(plan: PrecomputePlan) -> dict[str, Any]:
     """The part of the manifest that decides the records' bytes; two caches with equal ones are exchangeable."""
-    codec, text_encoder = build_codec(plan.codec), build_text_encoder(plan.text_encoder)
+    codec = build_codec(plan.codec)
     return {
         "format_version": FORMAT_VERSION,
-        "fingerprint": codec.fingerprint() | text_encoder.fingerprint(),
+        "fingerprint": codec.fingerprint() | text_encoder_fingerprint(plan.text_encoder),
         "normalization": codec.normalization.to_json(),
         "spatial_stride": codec.spatial_stride,
         "temporal_stride": codec.temporal_stride,

@@ -9,6 +9,8 @@ from data_pipeline.precompute_plan import ShardOutcome
 from m4v_dist import storage
 
 LOG = logging.getLogger(__name__)
+REST_OF_SHARD = "(rest of the shard)"
+"""Stands for the keys that nobody could read in quarantine.txt."""
 
 
 def write_report(
@@ -17,6 +19,7 @@ def write_report(
     """Write report.json and quarantine.txt over all shards, log the table, return the report."""
     ordered = [outcomes[name] for name in sorted(outcomes)]
     quarantined = [entry for outcome in ordered for entry in outcome.quarantined]
+    damaged = [{**o.damage, "num_clips_before": o.num_clips} for o in ordered if o.damage]
     per_source: dict[str, Counter[str]] = {}
     for outcome in ordered:
         counts = per_source.setdefault(outcome.source, Counter())
@@ -26,6 +29,7 @@ def write_report(
         "kept": sum(outcome.kept for outcome in ordered),
         "filtered": dict(sum((Counter(outcome.filtered) for outcome in ordered), Counter())),
         "quarantined": quarantined,
+        "damaged_shards": damaged,
         "num_clips": sum(outcome.num_clips for outcome in ordered),
         "num_cut_captions": sum(outcome.num_cut_captions for outcome in ordered),
         "per_source": {source: dict(counts) for source, counts in per_source.items()},
@@ -36,6 +40,9 @@ def write_report(
     }
     storage.write_json(storage.join(cache, "report.json"), report)
     lines = ["\t".join((entry["source"], entry["shard"], entry["key"], entry["error"])) for entry in quarantined]
+    for outcome in ordered:
+        if outcome.damage:
+            lines.append("\t".join((outcome.source, outcome.damage["shard"], REST_OF_SHARD, outcome.damage["error"])))
     storage.write_bytes(storage.join(cache, "quarantine.txt"), "".join(f"{line}\n" for line in lines).encode())
     LOG.info("precompute report\n%s", format_report(report))
     return report
@@ -51,5 +58,10 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"quarantined: {entry['source']}/{entry['key']} in {entry['shard']}: {entry['error']}")
     if len(report["quarantined"]) > 20:
         lines.append(f"... and {len(report['quarantined']) - 20} more in quarantine.txt")
+    for entry in report["damaged_shards"]:
+        lines.append(
+            f"damaged shard: {entry['source']}/{entry['shard']}: {entry['error']}; {entry['num_clips_before']} clips "
+            "before, an unknown number lost"
+        )
     lines.append(f"{report['num_clips']} clips, {report['clips_per_s']} clips/s this run")
     return "\n".join(lines)

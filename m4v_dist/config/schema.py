@@ -60,9 +60,14 @@ class PrecomputeSettings(Settings):
     decode_processes: PositiveInt = Field(default=1, description="Decoder child processes of one actor.")
     cpus_per_actor: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for an actor.")
     gpus_per_actor: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for an actor.")
+    wait_for_nodes: bool = Field(
+        default=False, description="The cluster grows: wait for a node that holds an actor; else that is exit 2."
+    )
     timeout_s: float = Field(default=60.0, gt=0, description="A clip that decodes longer is killed and retried alone.")
     num_retries: int = Field(default=2, ge=0, description="Retries of a clip alone, before it is quarantined.")
-    max_bad_fraction: Fraction = Field(default=0.01, description="Quarantined clips over all clips; past it, exit 3.")
+    max_bad_fraction: Fraction = Field(
+        default=0.01, description="Quarantined clips over all, damaged shards over all: past it, exit 3."
+    )
 
     @field_validator("num_frames")
     @classmethod
@@ -262,7 +267,9 @@ class TrainerSettings(Settings):
     max_skipped_steps: int = Field(
         default=10, ge=0, description="Non-finite steps in a row that are skipped, not more."
     )
-    num_threads: PositiveInt = Field(default=1, description="CPU threads of a worker.")
+    num_threads: PositiveInt = Field(
+        default=1, description="CPU threads of torch in a training worker, and in jobs.sample."
+    )
     prefetch_steps: int = Field(default=2, ge=0, description="Steps that the loader reads ahead.")
 
 
@@ -271,8 +278,16 @@ class LaunchSettings(Settings):
 
     num_workers: PositiveInt = Field(default=1, description="Data-parallel ranks.")
     use_gpu: bool = Field(default=False, description="One GPU and NCCL per worker; else CPU and gloo.")
-    cpus_per_worker: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for a worker.")
-    max_failures: int = Field(default=3, ge=-1, description="Restarts after a lost worker; -1 is no limit.")
+    cpus_per_worker: float = Field(
+        default=1.0,
+        gt=0,
+        description="CPUs that Ray reserves for a worker, and OMP_NUM_THREADS there; torch obeys trainer.num_threads.",
+    )
+    max_failures: int = Field(
+        default=3,
+        ge=-1,
+        description="Restarts after a loss; -1 is no limit, but three in a row without a new checkpoint end the run.",
+    )
     address: str | None = Field(
         default=None, description="Ray address; None joins a running job's cluster or starts one."
     )

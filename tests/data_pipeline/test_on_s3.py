@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from data_pipeline import pipeline
-from data_pipeline.latent_cache import CorruptRecordError, LatentCache
+from data_pipeline.latent_cache import CacheRecord, CacheShardWriter, CorruptRecordError, LatentCache, index_path
 from data_pipeline.pack import RawClip, write_shards
-from data_pipeline.pipeline import ShardActor, run_precompute
-from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask
+from data_pipeline.precompute_plan import PrecomputePlan
 from m4v_dist import storage
+from m4v_dist.batch import TextFeatures
 from m4v_dist.config.schema import (
     BucketSettings,
     CodecSettings,
@@ -20,7 +20,8 @@ from m4v_dist.config.schema import (
 )
 from m4v_dist.errors import DataError
 from m4v_dist.frozen.video_file import encode_mp4
-from tests.data_pipeline.made_cache import moving_blocks
+from tests.data_pipeline.made_cache import MadeSource, made_row, moving_blocks
+from tests.data_pipeline.run_here import run_here
 
 
 @pytest.fixture
@@ -40,14 +41,15 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(name, value)
     filesystem = storage._s3()
     filesystem.clear_instance_cache()
-    storage._s3().mkdir("videos")
-    yield "s3://videos"
+    # moto keeps its buckets in the process, from one server to the next
+    storage._s3().mkdir(f"videos-{port}")
+    yield f"s3://videos-{port}"
     storage._s3().clear_instance_cache()
     server.stop()
 
 
 @pytest.mark.slow
-def test_shards_and_cache_live_in_an_object_store(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_shards_and_cache_live_in_an_object_store(bucket: str, tmp_path: Path) -> None:
     clips = [RawClip(f"c{n}", "mp4", encode_mp4(moving_blocks(n, 18), 12.0), f"blocks {n}") for n in range(3)]
     write_shards([*clips, RawClip("bad", "mp4", b"junk", "junk")], f"{bucket}/raw/clips-%03d.tar", 2)
 
@@ -58,20 +60,12 @@ def test_shards_and_cache_live_in_an_object_store(bucket: str, monkeypatch: pyte
         )
         return PrecomputePlan((source,), precompute, CodecSettings(), TextEncoderSettings())
 
-    def run_tasks(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
-        actor = ShardActor(plan)
-        try:
-            return {task.name: actor.run(task) for task in pending}
-        finally:
-            actor._pool.close()
-
-    monkeypatch.setattr(pipeline, "_run_on_ray", run_tasks)
     with pytest.raises(DataError, match="clips-002.tar"):
-        run_precompute(make_plan("clips-{000..002}.tar", f"{bucket}/cache"), lambda: None)
+        run_here(make_plan("clips-{000..002}.tar", f"{bucket}/cache"))
     plan = make_plan("clips-{000..001}.tar", f"{bucket}/cache")
-    assert run_precompute(plan, lambda: None).report["kept"] == 3
-    assert run_precompute(plan, lambda: None).did_nothing
-    run_precompute(make_plan("clips-{000..001}.tar", f"{tmp_path}/cache"), lambda: None)
+    assert run_here(plan).report["kept"] == 3
+    assert run_here(plan).did_nothing
+    run_here(make_plan("clips-{000..001}.tar", f"{tmp_path}/cache"))
     remote, local = LatentCache.open(f"{bucket}/cache"), LatentCache.open(f"{tmp_path}/cache")
     assert remote.rows("clips") == local.rows("clips") and len(remote.rows("clips")) == 3
     for row in remote.rows("clips"):
@@ -84,3 +78,22 @@ def test_shards_and_cache_live_in_an_object_store(bucket: str, monkeypatch: pyte
     storage.remove(path)
     with pytest.raises(CorruptRecordError, match="c0"):
         remote.read(row)
+
+
+def test_a_shard_that_an_object_store_spoils_is_not_committed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = storage.put_file
+
+    def spoil(local_path: str, path: str) -> None:
+        place(local_path, path)
+        data = bytearray(storage.read_bytes(path))
+        data[1200] ^= 1
+        storage.write_bytes(path, bytes(data))
+
+    monkeypatch.setattr(storage, "put_file", spoil)
+    writer = CacheShardWriter(f"{bucket}/spoilt", "vid")
+    text = TextFeatures(torch.ones(3, 6), torch.ones(6))
+    row = made_row(MadeSource("vid", "video", 1, 3), 0)
+    writer.add(row, CacheRecord(torch.ones(4, 3, 8, 8).bfloat16(), text))
+    with pytest.raises(OSError, match=rf"{bucket}/spoilt/shards/vid.tar: .*checksum"):
+        writer.commit({})
+    assert not storage.exists(index_path(f"{bucket}/spoilt", "vid"))

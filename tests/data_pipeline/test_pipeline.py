@@ -1,18 +1,22 @@
 """The precompute: quarantine and neighbours, nothing to do the second time, equal bytes, refusals, Ray."""
 
+import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_pipeline import pipeline
-from data_pipeline.latent_cache import LatentCache
+from data_pipeline import pack
+from data_pipeline.latent_cache import LatentCache, shard_path
 from data_pipeline.pack import RawClip, write_shards
-from data_pipeline.pipeline import ShardActor, run_precompute
-from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask, describe_plan, plan_tasks
+from data_pipeline.pipeline import collect, require_room_for_an_actor, run_precompute
+from data_pipeline.precompute_plan import PrecomputePlan, describe_plan, plan_tasks
+from data_pipeline.shard_actor import ShardActor
+from m4v_dist import storage
 from m4v_dist.config.schema import (
     BucketSettings,
     CodecSettings,
@@ -21,12 +25,13 @@ from m4v_dist.config.schema import (
     SourceSettings,
     TextEncoderSettings,
 )
-from m4v_dist.errors import DataError
+from m4v_dist.errors import ConfigError, DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError
 from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_file import encode_mp4, encode_png
 from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.launch.ray_workers import start_ray, stop_ray
 from tests.data_pipeline.made_cache import moving_blocks
+from tests.data_pipeline.run_here import run_here
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +56,6 @@ def make_plan(shards: str, cache: Path, **changes: Any) -> PrecomputePlan:
     values = {"num_frames": 17, "max_bad_fraction": 0.4, "num_retries": 1} | changes
     precompute = PrecomputeSettings(cache=str(cache), buckets=(BucketSettings(height_px=64, width_px=64),), **values)
     return PrecomputePlan(sources, precompute, CodecSettings(), TextEncoderSettings())
-
-
-def run_here(plan: PrecomputePlan, monkeypatch: pytest.MonkeyPatch) -> pipeline.PrecomputeResult:
-    """The precompute with its actor in this process: the same code but Ray, which one test below runs."""
-
-    def run_tasks(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
-        actor = ShardActor(plan)
-        try:
-            return {task.name: actor.run(task) for task in pending}
-        finally:
-            actor._pool.close()
-
-    monkeypatch.setattr(pipeline, "_run_on_ray", run_tasks)
-    return run_precompute(plan, lambda: None)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -109,6 +100,8 @@ def test_ray_fills_the_cache_and_does_nothing_the_second_time(shards: str, tmp_p
     assert [row.key for row in cache.rows("clips")] == [f"c{n}" for n in range(5)]
     record = cache.read(cache.rows("clips")[2])
     assert record.latents.shape == (16, 3, 8, 8)
+    scores = json.loads(cache.rows("clips")[0].scores)
+    assert 0.2 < scores["brightness"] < 0.8 and scores["motion"] > 0.01
     assert cache.rows("stills")[0].num_latents == 1 and cache.media("stills") == "image"
     # a shard that cannot be written ends the job with its name, after the others
     (tmp_path / "second" / "shards" / "stills-stills-000.tar").mkdir(parents=True)
@@ -116,23 +109,23 @@ def test_ray_fills_the_cache_and_does_nothing_the_second_time(shards: str, tmp_p
         run_precompute(make_plan(shards, tmp_path / "second"), lambda: None)
 
 
-def test_a_rerun_elsewhere_gives_equal_bytes(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rerun_elsewhere_gives_equal_bytes(shards: str, tmp_path: Path) -> None:
     found = []
     for name in ("one", "two"):
-        check_report(run_here(make_plan(shards, tmp_path / name), monkeypatch).report)
+        check_report(run_here(make_plan(shards, tmp_path / name)).report)
         found.append({k: v for k, v in contents(tmp_path / name).items() if k != "report.json"})
     assert len(found[0]) == 9 and found[0] == found[1]
 
 
-def test_a_restart_redoes_uncommitted_shards_only(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_redoes_uncommitted_shards_only(shards: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    run_here(make_plan(shards, cache), monkeypatch)
+    run_here(make_plan(shards, cache))
     whole, before = contents(cache), times(cache)
     # killed between placing the second tar and committing it, with a half-written file beside
     (cache / "index" / "clips-clips-001.parquet").unlink()
     (cache / "manifest.json").unlink()
     (cache / "shards" / "clips-clips-001.tar.tmp-12345678").write_bytes(b"half")
-    result = run_here(make_plan(shards, cache), monkeypatch)
+    result = run_here(make_plan(shards, cache))
     assert result.report["num_shards_this_run"] == 1
     check_report(result.report)
     after = times(cache)
@@ -143,40 +136,36 @@ def test_a_restart_redoes_uncommitted_shards_only(shards: str, tmp_path: Path, m
     assert after["shards/clips-clips-001.tar"] != before["shards/clips-clips-001.tar"]
 
 
-def test_a_shard_that_changed_is_done_again(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_changed_is_done_again(shards: str, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     for name in ("clips-000.tar", "clips-001.tar", "stills-000.tar"):
         (raw / name).write_bytes(Path(shards, name).read_bytes())
-    run_here(make_plan(str(raw), tmp_path / "cache"), monkeypatch)
+    run_here(make_plan(str(raw), tmp_path / "cache"))
     write_shards([RawClip("new", "png", encode_png(moving_blocks(50, 1)[0]), "new")], f"{raw}/stills-%03d.tar", 9)
-    result = run_here(make_plan(str(raw), tmp_path / "cache"), monkeypatch)
+    result = run_here(make_plan(str(raw), tmp_path / "cache"))
     assert result.report["num_shards_this_run"] == 1 and result.report["kept"] == 6
     assert [row.key for row in LatentCache.open(str(tmp_path / "cache")).rows("stills")] == ["new"]
 
 
-def test_too_many_bad_clips_end_the_job_after_the_report(
-    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_bad_clips_end_the_job_after_the_report(shards: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with pytest.raises(DataError, match=r"2 of 11 clips are quarantined .*max_bad_fraction=0.1"):
-        run_here(make_plan(shards, cache, max_bad_fraction=0.1), monkeypatch)
+        run_here(make_plan(shards, cache, max_bad_fraction=0.1))
     assert (cache / "quarantine.txt").read_text().count("\n") == 2
-    check_report(pipeline.storage.read_json(f"{cache}/report.json"))
+    check_report(storage.read_json(f"{cache}/report.json"))
     with pytest.raises(DataError, match="no finished latent cache"):
         LatentCache.open(str(cache))
     # the work stands: with a higher limit nothing is encoded again
-    assert run_here(make_plan(shards, cache), monkeypatch).report["num_shards_this_run"] == 0
+    assert run_here(make_plan(shards, cache)).report["num_shards_this_run"] == 0
     assert LatentCache.open(str(cache)).manifest["sources"]["clips"]["records"] == 5
 
 
-def test_a_cache_of_other_settings_is_refused_by_the_field(
-    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_here(make_plan(shards, tmp_path / "cache"), monkeypatch)
+def test_a_cache_of_other_settings_is_refused_by_the_field(shards: str, tmp_path: Path) -> None:
+    run_here(make_plan(shards, tmp_path / "cache"))
     before = times(tmp_path / "cache")
     with pytest.raises(DataError, match=r"fps: cache 24.0, config 6.0"):
-        run_here(make_plan(shards, tmp_path / "cache", fps=6.0), monkeypatch)
+        run_here(make_plan(shards, tmp_path / "cache", fps=6.0))
     assert times(tmp_path / "cache") == before
 
 
@@ -191,14 +180,14 @@ def test_a_shard_whose_worker_died_too_often_is_given_up(shards: str, tmp_path: 
     assert actor(batch)["error"] == [""] and not note.exists()
     note.write_text("4")
     assert actor(batch)["error"][0].startswith("RetriesExhaustedError: ") and task.path in actor(batch)["error"][0]
-    actor._pool.close()
+    actor.close()
 
 
-def test_no_clip_kept_is_an_error(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_clip_kept_is_an_error(shards: str, tmp_path: Path) -> None:
     plan = make_plan(shards, tmp_path / "cache", min_frames=33, num_frames=33)
     only_clips = PrecomputePlan(plan.sources[:1], plan.precompute, plan.codec, plan.text_encoder)
     with pytest.raises(DataError, match="none of 8 clips was kept"):
-        run_here(only_clips, monkeypatch)
+        run_here(only_clips)
 
 
 def test_a_missing_shard_stops_before_workers_start(shards: str, tmp_path: Path) -> None:
@@ -229,3 +218,114 @@ def test_a_dry_run_counts_and_writes_nothing(shards: str, tmp_path: Path) -> Non
         ["stills", "1", "1", "3"],
     ]
     assert not (tmp_path / "cache").exists()
+
+
+class _Broken(io.RawIOBase):
+    """A reader of an object store whose server stops answering after `good` bytes."""
+
+    def __init__(self, data: bytes, good: int) -> None:
+        self._stream, self._left = io.BytesIO(data), good
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if self._left <= 0:
+            raise TimeoutError("read timed out")
+        data = self._stream.read(size)
+        self._left -= len(data)
+        return data
+
+
+def test_a_read_that_times_out_fails_its_shard_and_commits_nothing(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(shards, tmp_path / "cache")
+
+    @contextmanager
+    def open_read(path: str) -> Iterator[io.RawIOBase]:
+        yield _Broken(Path(path).read_bytes(), 20000 if path.endswith("clips-001.tar") else 1 << 30)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "open_read", open_read)
+        assert isinstance(next(iter(pack.read_shard(f"{shards}/clips-001.tar"))), RawClip)
+        with pytest.raises(DataError, match=r"1 of 3 shards .*clips-clips-001: TimeoutError: read timed out"):
+            run_here(plan)
+    assert storage.list_folder(f"{tmp_path}/cache/index") == ["clips-clips-000.parquet", "stills-stills-000.parquet"]
+    assert not (tmp_path / "cache" / "attempts" / "clips-clips-001").exists()
+    result = run_here(plan)
+    assert result.report["num_shards_this_run"] == 1
+    check_report(result.report)
+
+
+def test_a_damaged_shard_is_counted_apart_and_past_the_limit_ends_the_job(shards: str, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name in ("clips-000.tar", "clips-001.tar", "stills-000.tar"):
+        (raw / name).write_bytes(Path(shards, name).read_bytes())
+    whole = (raw / "clips-000.tar").read_bytes()
+    (raw / "clips-000.tar").write_bytes(whole[: whole.index(b"c2.mp4") + 2000])
+    cache = tmp_path / "cache"
+    # two bad clips of nine that were read, below the limit: as a third one, a broken tail would pass
+    with pytest.raises(DataError, match=r"1 of 3 shards are damaged .*clips-000.tar of clips after 2 clips"):
+        run_here(make_plan(str(raw), cache, max_bad_fraction=0.32))
+    report = storage.read_json(f"{cache}/report.json")
+    (damaged,) = report["damaged_shards"]
+    assert (damaged["shard"], damaged["source"], damaged["num_clips_before"]) == ("clips-000.tar", "clips", 2)
+    assert {entry["key"] for entry in report["quarantined"]} == {"broken", "mute"}
+    assert damaged["error"] == "tar breaks off: ReadError: unexpected end of data"
+    assert "clips\tclips-000.tar\t(rest of the shard)\t" in (cache / "quarantine.txt").read_text()
+    assert run_here(make_plan(str(raw), cache)).report["kept"] == 6
+
+
+def test_only_a_death_leaves_a_note_of_an_attempt(shards: str, tmp_path: Path) -> None:
+    plan = make_plan(shards, tmp_path / "cache")
+    task = plan_tasks(plan, {})[0]
+    actor = ShardActor(plan)
+    # its tar cannot be placed
+    Path(shard_path(plan.precompute.cache, task.name)).mkdir(parents=True)
+    for _ in range(5):
+        found = actor({"task": [json.dumps(asdict(task))]})
+        assert found["exit_code"] == [3] and "Error" in found["error"][0]
+        assert storage.list_folder(f"{tmp_path}/cache/attempts") == []
+    actor.close()
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([3, 4, 6], OutOfMemoryJobError), ([3, 6], RetriesExhaustedError), ([3, 3], DataError), ([2, 3], ConfigError)],
+)
+def test_the_exit_code_of_failed_shards_does_not_hang_on_their_order(
+    codes: list[int], expected: type[JobError]
+) -> None:
+    rows = [{"name": f"s{code}", "outcome": "", "error": f"from {code}", "exit_code": code} for code in codes]
+    for ordered in (rows, rows[::-1]):
+        with pytest.raises(expected, match=f"from {expected.exit_code}"):
+            collect(ordered, len(rows))
+
+
+def test_an_actor_that_no_node_can_hold_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    # two CPUs in all, and a GPU elsewhere: each there is, together there is none
+    nodes = [{"CPU": 1.0, "memory": 1e9}, {"CPU": 1.0, "GPU": 1.0}]
+
+    def settings(**values: Any) -> PrecomputeSettings:
+        return PrecomputeSettings(cache="c", buckets=(BucketSettings(height_px=64, width_px=64),), **values)
+
+    require_room_for_an_actor(settings(gpus_per_actor=1.0), nodes)
+    with pytest.raises(ConfigError, match=r"wants 2 CPU and 0 GPU .*at most 1 CPU"):
+        require_room_for_an_actor(settings(cpus_per_actor=2.0), nodes)
+    with pytest.raises(ConfigError, match="wait_for_nodes=true"):
+        require_room_for_an_actor(settings(gpus_per_actor=1.0), nodes[:1])
+    require_room_for_an_actor(settings(gpus_per_actor=1.0, wait_for_nodes=True), [])
+    assert "waiting for it to grow" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["report.json", "null_prompt.safetensors"])
+def test_a_file_beside_the_shards_that_is_gone_is_written_again(name: str, shards: str, tmp_path: Path) -> None:
+    plan = make_plan(shards, tmp_path / "cache")
+    run_here(plan)
+    (tmp_path / "cache" / name).unlink()
+    result = run_here(plan)
+    assert not result.did_nothing and result.report["num_shards_this_run"] == 0
+    LatentCache.open(plan.precompute.cache)
+    assert run_here(plan).did_nothing

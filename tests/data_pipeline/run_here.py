@@ -1,0 +1,30 @@
+"""The precompute with its worker in this process: all of it but Ray, which the tests marked `ray` run."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from data_pipeline.pipeline import PrecomputeResult, collect, run_precompute
+from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask
+from data_pipeline.shard_actor import ShardActor
+
+
+def run_here(plan: PrecomputePlan) -> PrecomputeResult:
+    """`run_precompute` without Ray."""
+    return run_precompute(plan, lambda: None, run_shards)
+
+
+def run_shards(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
+    """A `pipeline.RunShards` of one worker, one shard after the other."""
+    actor = ShardActor(plan)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for task in pending:
+            columns = actor({"task": [json.dumps(asdict(task))]})
+            yield {name: values[0] for name, values in columns.items()}
+
+    try:
+        return collect(rows(), len(pending))
+    finally:
+        actor.close()
