@@ -141,11 +141,6 @@ def decode_animation(data: bytes, default_fps: float = 15.0) -> tuple[Frames, fl
     return np.stack(pictures), (1000.0 * len(pictures) / total_ms if total_ms > 0 else default_fps)
 
 
-def decode_animated_webp(data: bytes, default_fps: float = 15.0) -> tuple[Frames, float]:
-    """Decode an animated WebP: frames t h w c uint8 and frames per second (see `decode_animation`)."""
-    return decode_animation(data, default_fps)
-
-
 def encode_png(frame: ArrayLike) -> bytes:
     """Encode one picture h w c uint8 as PNG."""
     from PIL import Image

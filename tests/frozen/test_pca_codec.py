@@ -129,7 +129,8 @@ def test_the_scale_keeps_the_square_root_of_a_channels_weight() -> None:
     importlib.util.find_spec("comfyui_workflow_templates_media_video") is None, reason="needs the demo extra's clips"
 )
 def test_the_stated_psnr_is_what_unseen_clips_give(codec: PcaCodec) -> None:
-    from jobs.fit_codec import CLIP_LIST, measure
+    from data_pipeline.codec_fit import measure
+    from jobs.fit_codec import CLIP_LIST
 
     provenance = json.loads(storage.read_tensor_metadata(EMBEDDED_WEIGHTS)["provenance"])
     held_out = [clip for clip in storage.read_json(CLIP_LIST)["clips"] if clip["split"] == "held_out"]
