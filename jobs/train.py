@@ -48,6 +48,8 @@ def train(config: RunConfig, dry_run: bool) -> str:
         ConfigError: the run folder cannot be used, or belongs to a run with other settings.
         DataError: the cache is missing, of another codec, or too small for a stage; or a checkpoint is damaged.
         RetriesExhaustedError: workers failed too often.
+        OutOfMemoryJobError: a worker ran out of memory.
+        NonFiniteError: training diverged.
         PreemptedError: asked to stop, and saved.
     """
     config = with_absolute_paths(config)
@@ -62,7 +64,14 @@ def train(config: RunConfig, dry_run: bool) -> str:
     notes = storage.join(config.run.folder, "attempts", "ray")
     # Left before the last line is printed: the workers' log comes first, the job's answer last.
     with ray_session(config.launch), TrainingProgress(config.run.folder, config.total_steps, step):
-        result = run_workers(train_on_rank, {"config": config_to_json(config)}, config.launch, config.run.name, notes)
+        result = run_workers(
+            train_on_rank,
+            {"config": config_to_json(config)},
+            config.launch,
+            config.run.name,
+            notes,
+            progress=newest_checkpoint,
+        )
     loss = result["held_out_loss"]
     held_out = "" if loss is None else f", held-out loss {loss:.4f}"
     return f"{result['step']} steps done{held_out}; {result['checkpoint']}"
@@ -83,6 +92,11 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
         should_stop=should_stop,
     )
     return asdict(trainer.run())
+
+
+def newest_checkpoint(task: dict[str, Any]) -> str | None:
+    """What a restart would go on from: it has brought nothing new if the one before it went on from the same."""
+    return checkpoint.newest_committed(storage.join(config_from_json(task["config"]).run.folder, "checkpoints"))
 
 
 def build_loader(config: RunConfig, cache: LatentCache, rank: int, world_size: int) -> LatentLoader:
@@ -134,14 +148,17 @@ def check_run_folder(config: RunConfig) -> int:
         return 0
     checkpoint.check(newest)
     stage = checkpoint.read_state(newest)["curriculum_stage"]
-    before = storage.read_json(storage.join(newest, "config.json"))
+    before = checkpoint.read_config(newest)
     require_same_run(before, config.model_dump(mode="json"), stage_index=stage["index"], where=newest)
     step = checkpoint.step_of(newest)
-    starts = [phase.start for phase in phases(config.curriculum)]
-    if step > config.total_steps or starts[stage["index"] : stage["index"] + 1] != [stage["start"]]:
+    # That the stages before it are as long as they were is settled above.
+    stop = next(
+        (phase.stop for phase in phases(config.curriculum) if phase.index == stage["index"]), config.total_steps
+    )
+    if step > stop:
         raise ConfigError(
-            f"{newest} is at step {step} of stage {stage['name']!r}, but the curriculum now ends at step "
-            f"{config.total_steps}; give the stages at least the steps that were done."
+            f"{newest} is at step {step} of stage {stage['name']!r}, but that stage now ends at step {stop}; give it "
+            f"at least the {step - stage['start']} steps that were done."
         )
     LOG.info("going on from %s", newest)
     return step

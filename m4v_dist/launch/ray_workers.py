@@ -1,9 +1,11 @@
 """Start Ray, run one function on N workers, restart them after a loss, and bring the right error back.
 
-The only library file that imports ray; it knows nothing of what the function does. Three things that Ray Train leaves
+The only library file that imports ray; it knows nothing of what the function does. Four things that Ray Train leaves
 open are settled here:
-- A `JobError` (wrong config, unusable data, asked to stop) would fail again in the same way, so it ends the run at
-  once: the rank that meets it tells the `Verdict`, and the restarted workers return before they do anything.
+- A `JobError` (wrong config, unusable data, no memory, asked to stop) would fail again in the same way, so it ends the
+  run at once: the rank that meets it tells the `Verdict`, and the restarted workers return before they do anything.
+- Any other error is taken for the world's and restarted, also if it is a plain bug: so restarts that bring nothing new
+  are counted, and MAX_FRUITLESS_RESTARTS in a row end the run, whatever `launch.max_failures` says.
 - Errors cross processes: Ray gives back its own wrapper. The Verdict keeps the first error of each attempt, and
   `run_workers` raises a JobError as itself, so that the exit code survives.
 - The same name and storage path would silently resume Ray's own state; each call takes a fresh name. What is resumed
@@ -11,7 +13,9 @@ open are settled here:
 """
 
 import logging
+import math
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -24,39 +28,76 @@ from dataclasses import dataclass
 from typing import Any
 
 from m4v_dist.config.schema import LaunchSettings
-from m4v_dist.errors import JobError, PreemptedError, RetriesExhaustedError
+from m4v_dist.errors import ConfigError, JobError, OutOfMemoryJobError, PreemptedError, RetriesExhaustedError
 
 logger = logging.getLogger(__name__)
 
 WorkerFunction = Callable[[dict[str, Any], Callable[[], bool]], Any]
 """Runs on every worker: (its config, "was the run asked to stop?") -> answer; rank 0's is returned to the driver."""
 
+Progress = Callable[[dict[str, Any]], Any]
+"""Asked on rank 0 before each attempt, with the function's config: a value that changes when work was committed."""
 
-def start_ray(settings: LaunchSettings, *, num_cpus: int | None = None) -> None:
+MAX_FRUITLESS_RESTARTS = 3
+"""Restarts in a row without progress that are made; the next one would meet the same fault again."""
+
+
+def _address(settings: LaunchSettings) -> str | None:
+    return settings.address or os.environ.get("RAY_ADDRESS")
+
+
+def require_resources(settings: LaunchSettings, *, num_gpus: int, num_cpus: int) -> None:
+    """Check that this machine can hold the workers; Ray would wait for ever for what will not come.
+
+    More workers than CPUs are allowed: they take turns.
+
+    Args:
+        settings: resources of the workers.
+        num_gpus, num_cpus: of this machine.
+
+    Raises:
+        ConfigError: no GPU for a worker, or a worker that wants more CPUs than there are.
+    """
+    where = "on this machine; join a cluster by launch.address"
+    if settings.use_gpu and num_gpus < settings.num_workers:
+        raise ConfigError(
+            f"launch.use_gpu=true needs {settings.num_workers} GPUs, one a worker, but there are {num_gpus} {where}, "
+            f"set launch.use_gpu=false, or launch.num_workers={max(1, num_gpus)}."
+        )
+    if settings.cpus_per_worker > num_cpus:
+        raise ConfigError(
+            f"launch.cpus_per_worker={settings.cpus_per_worker:g}, but there are {num_cpus} CPUs {where}, or set at "
+            f"most launch.cpus_per_worker={num_cpus}."
+        )
+
+
+def start_ray(settings: LaunchSettings, *, num_cpus: int | None = None) -> str | None:
     """Join the cluster of `settings.address` or of the running Ray job; else start Ray on this machine.
 
     Args:
         settings: address and resources of the workers.
         num_cpus: CPUs that a local Ray declares; None takes what the workers need, at least the machine's own.
+
+    Returns:
+        The folder that was made for a local Ray's logs and sockets, for `stop_ray` to remove; None if none was made.
     """
     import ray
 
     if ray.is_initialized():
         logger.info("Ray is up already: %s", ray.get_runtime_context().gcs_address)
-        return
+        return None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = _address(settings)
     if address is not None:
         ray.init(address=address, logging_level=logging.WARNING)
-        logger.info("joined the Ray cluster at %s", address)
-        return
-    needed = max(1, round(settings.num_workers * settings.cpus_per_worker + 0.5))
+        logger.info("joined the Ray cluster at %s: %s", address, _counted(ray.cluster_resources()))
+        return None
+    needed = max(1, math.ceil(settings.num_workers * settings.cpus_per_worker))
     cpus = num_cpus if num_cpus is not None else max(needed, os.cpu_count() or 1)
     # A folder of its own: Ray would join another local cluster that it finds in a shared one. Short, because socket
     # paths in it are cut at 107 characters.
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.mkdtemp(
-        prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None
-    )
+    given = os.environ.get("RAY_TMPDIR")
+    folder = given or tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
     ray.init(
         address="local",
         num_cpus=cpus,
@@ -66,6 +107,12 @@ def start_ray(settings: LaunchSettings, *, num_cpus: int | None = None) -> None:
         runtime_env={"worker_process_setup_hook": _quieting_hook()},
     )
     logger.info("started Ray on this machine: %d CPUs declared, logs in %s", cpus, folder)
+    return None if given else folder
+
+
+def _counted(resources: Mapping[str, float]) -> str:
+    """Ray's resources in words: CPUs and GPUs."""
+    return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
 
 
 def _quieting_hook() -> Callable[[], None]:
@@ -84,25 +131,44 @@ def _quieting_hook() -> Callable[[], None]:
     return quiet
 
 
-def stop_ray() -> None:
-    """Disconnect, with the workers' last log lines shown; ends a Ray that `start_ray` started."""
+def stop_ray(folder: str | None = None) -> None:
+    """Disconnect, with the workers' last log lines shown; ends a Ray that `start_ray` started.
+
+    Args:
+        folder: what `start_ray` returned; removed. None leaves Ray's logs where they are.
+    """
     import ray
 
     ray.shutdown()
+    if folder is not None:
+        # A process of Ray that ends late may still write there: what it leaves is a few logs.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def ray_session(settings: LaunchSettings) -> Iterator[None]:
-    """`start_ray`, and `stop_ray` on leaving unless Ray was up before."""
+    """`start_ray` for workers, and `stop_ray` on leaving unless Ray was up before; after an error Ray's logs stay.
+
+    Raises:
+        ConfigError: see `require_resources`.
+    """
     import ray
+    import torch
 
     was_up = ray.is_initialized()
-    start_ray(settings)
+    if not was_up and _address(settings) is None:
+        require_resources(settings, num_gpus=torch.cuda.device_count(), num_cpus=os.cpu_count() or 1)
+    folder = start_ray(settings)
     try:
         yield
-    finally:
+    except BaseException:
         if not was_up:
             stop_ray()
+            if folder is not None:
+                logger.info("Ray's logs stay in %s", folder)
+        raise
+    if not was_up:
+        stop_ray(folder)
 
 
 @dataclass(frozen=True)
@@ -132,20 +198,33 @@ class Failure:
 class Verdict:
     """A Ray actor beside the workers: collects their errors, and carries the wish to stop to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_fruitless_restarts: int = MAX_FRUITLESS_RESTARTS) -> None:
+        self._max_fruitless = max_fruitless_restarts
         self._attempt = 0
+        self._progress: Any = None
+        self._fruitless = 0
         self._failures: list[Failure] = []
         self._should_stop = False
 
-    def begin(self, rank: int) -> bool:
-        """A rank starts; False if the run has ended and nothing is to be done."""
-        if rank == 0:
-            self._attempt += 1
-        return self.fatal() is None
+    def begin(self, progress: Any) -> int | None:
+        """A worker group starts: its number, from 1; None if the run has ended and nothing is to be done.
 
-    def record(self, rank: int, where: str, summary: str, lines: str, error: JobError | None) -> None:
+        Args:
+            progress: equal to the last attempt's if nothing was committed since.
+        """
+        is_fruitless = self._attempt > 0 and progress == self._progress
+        self._fruitless = self._fruitless + 1 if is_fruitless else 0
+        self._progress = progress
+        self._attempt += 1
+        return None if self.fatal() is not None or self.has_given_up() else self._attempt
+
+    def has_given_up(self) -> bool:
+        """Whether one restart more than allowed began where the one before it did."""
+        return self._fruitless > self._max_fruitless
+
+    def record(self, attempt: int, rank: int, where: str, summary: str, lines: str, error: JobError | None) -> None:
         """Note a failure, in the order of arrival."""
-        self._failures.append(Failure(max(1, self._attempt), rank, where, summary, lines, error))
+        self._failures.append(Failure(attempt, rank, where, summary, lines, error))
 
     def fatal(self) -> JobError | None:
         """The first error that must end the run."""
@@ -165,12 +244,19 @@ class Verdict:
 
 
 def run_workers(
-    function: WorkerFunction, function_config: Mapping[str, Any], settings: LaunchSettings, name: str, storage_path: str
+    function: WorkerFunction,
+    function_config: Mapping[str, Any],
+    settings: LaunchSettings,
+    name: str,
+    storage_path: str,
+    *,
+    progress: Progress,
+    max_fruitless_restarts: int = MAX_FRUITLESS_RESTARTS,
 ) -> Any:
     """Run `function` on `settings.num_workers` ranks of one process group and return rank 0's answer.
 
     Ray must be up. A lost worker, or an error that is no JobError, restarts all of them, up to
-    `settings.max_failures` times.
+    `settings.max_failures` times, and not again and again without progress.
 
     Args:
         function: see `WorkerFunction`; the process group (NCCL on GPU, gloo on CPU) is up when it is called.
@@ -178,21 +264,33 @@ def run_workers(
         settings: workers, resources, restarts.
         name: shown in Ray; a fresh suffix is added.
         storage_path: where Ray keeps its own notes of the run, local or s3://.
+        progress: see `Progress`.
+        max_fruitless_restarts: restarts in a row without progress that are made.
 
     Raises:
         JobError: as a worker raised it, without a retry.
-        RetriesExhaustedError: failures passed the ceiling; the message holds the root cause.
+        RetriesExhaustedError: failures passed a ceiling; the message holds the root cause.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Read by Ray Train's controller; its default of 2 s is most of a small run's restart.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    verdict: Any = ray.remote(num_cpus=0)(Verdict).remote()  # type: ignore[attr-defined]
+    logger.info("%s for %d workers", _counted(ray.cluster_resources()), settings.num_workers)
+    # On the driver's own node: what it knows must not be lost with a worker's node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Verdict)
+    verdict = actor.options(scheduling_strategy=here).remote(max_fruitless_restarts)
     trainer = TorchTrainer(
         _run_one_rank,
-        train_loop_config={"function": function, "config": dict(function_config), "verdict": verdict},
+        train_loop_config={
+            "function": function,
+            "config": dict(function_config),
+            "progress": progress,
+            "verdict": verdict,
+        },
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=settings.num_workers,
@@ -218,6 +316,8 @@ def run_workers(
     fatal = ray.get(verdict.fatal.remote())
     if fatal is not None:
         raise fatal
+    if ray.get(verdict.has_given_up.remote()):
+        raise RetriesExhaustedError(_no_progress(ray.get(verdict.failures.remote()), max_fruitless_restarts))
     return result.return_value  # type: ignore[attr-defined]
 
 
@@ -235,12 +335,16 @@ def _run_one_rank(task: dict[str, Any]) -> Any:
     import torch
 
     verdict, rank = task["verdict"], ray.train.get_context().get_world_rank()
-    if not ray.get(verdict.begin.remote(rank)):
-        return None
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s")
     if torch.cuda.is_available() and torch.distributed.get_backend() == "nccl":
         # The current device belongs to a thread, and this one is new.
         torch.cuda.set_device(ray.train.torch.get_device())
+    # Rank 0 asks for all, so that no rank works while another returns.
+    box = [ray.get(verdict.begin.remote(task["progress"](task["config"]))) if rank == 0 else None]
+    torch.distributed.broadcast_object_list(box, src=0)
+    attempt = box[0]
+    if attempt is None:
+        return None
 
     def should_stop() -> bool:
         return bool(ray.get(verdict.should_stop.remote()))
@@ -251,12 +355,45 @@ def _run_one_rank(task: dict[str, Any]) -> Any:
         # Told before it is raised: Ray ends the other ranks at once, and their broken connections would hide the cause.
         where = f"{socket.gethostname()}, process {os.getpid()}"
         summary, lines = f"{type(error).__name__}: {error}", traceback.format_exc()
-        job_error = error if isinstance(error, JobError) else None
-        ray.get(verdict.record.remote(rank, where, summary, lines, job_error))
+        ray.get(verdict.record.remote(attempt, rank, where, summary, lines, as_job_error(error, rank)))
         if isinstance(error, PreemptedError):
             # Raised by all ranks together, so none is left waiting: no restart only to find that the run has ended.
             return None
         raise
+
+
+def as_job_error(error: BaseException, rank: int) -> JobError | None:
+    """The error as one that ends the run at once, or None if a restart may help.
+
+    Args:
+        error: raised by the function.
+        rank: where, for the message.
+    """
+    import torch
+
+    if isinstance(error, JobError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return OutOfMemoryJobError(
+            f"rank {rank} ran out of memory: {error}. Lower curriculum.*.micro_batch_slots, set model.recompute=true, "
+            "raise trainer.zero_stage, or take more workers."
+        )
+    return None
+
+
+def _no_progress(failures: list[Failure], num_restarts: int) -> str:
+    """Say that restarts were in vain, with the last attempt's first error."""
+    cause = "none of them told an error (killed, or their nodes were lost)"
+    if failures:
+        last = next(failure for failure in failures if failure.attempt == failures[-1].attempt)
+        logger.error("traceback of %s\n%s", last, last.lines)
+        cause = str(last)
+    return (
+        f"{num_restarts} restarts in a row brought no new checkpoint, so one more would fail in the same way "
+        f"(launch.max_failures does not count here); first error of the last attempt: {cause}. Mend it and submit the "
+        "same command again; if workers are lost sooner than a checkpoint is due, lower "
+        "trainer.checkpoint_every_steps."
+    )
 
 
 def _root_cause(error: Exception, failures: list[Failure], settings: LaunchSettings) -> str:

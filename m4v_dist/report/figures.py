@@ -17,8 +17,10 @@ USES = {
     "data_s": "waiting for data",
     "validation_s": "held-out loss",
     "checkpoint_s": "checkpoints",
+    "build_s": "building and loading the model",
     "restart_s": "restart",
     "lost_s": "lost work",
+    "other_s": "the rest",
 }
 """What the ledger's entries are called on the page, in the order shown."""
 

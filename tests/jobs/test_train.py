@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.train import train
+from jobs.train import check_run_folder, train
 from m4v_dist import storage
 from m4v_dist.config.load import config_to_json, parse_config
 from m4v_dist.config.schema import RunConfig
@@ -101,6 +101,18 @@ def test_a_curriculum_cut_below_what_was_done_is_refused(cache: str, tmp_path: P
     values["curriculum"].pop()
     with pytest.raises(ConfigError, match=r"at step 6 of stage 'video'"):
         train(parse_config(values, where="test"), False)
+
+
+def test_a_stage_cut_below_its_own_done_steps_is_refused_though_others_follow(cache: str, tmp_path: Path) -> None:
+    values = small_values(str(tmp_path / "run"), cache)
+    values["curriculum"][0]["num_steps"] = 5
+    committed(parse_config(values, where="test"), 4, 0, 0)
+    values["curriculum"][0]["num_steps"] = 3
+    with pytest.raises(ConfigError, match=r"at step 4 of stage 'image'.*ends at step 3.*at least the 4 steps"):
+        train(parse_config(values, where="test"), False)
+    # nothing but this check stands in the way of as many steps as were done
+    values["curriculum"][0]["num_steps"] = 4
+    assert check_run_folder(parse_config(values, where="test")) == 4
 
 
 def test_a_finished_run_submitted_again_says_so_and_starts_nothing(cache: str, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from m4v_dist.config.schema import LaunchSettings
-from m4v_dist.errors import DataError, PreemptedError, RetriesExhaustedError
-from m4v_dist.launch.ray_workers import run_workers, start_ray, stop_ray
+from m4v_dist.errors import DataError, OutOfMemoryJobError, PreemptedError, RetriesExhaustedError
+from m4v_dist.launch.ray_workers import WorkerFunction, run_workers, start_ray, stop_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -21,9 +21,19 @@ SETTINGS = LaunchSettings(num_workers=2, max_failures=1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    start_ray(SETTINGS)
+    folder = start_ray(SETTINGS)
     yield
-    stop_ray()
+    stop_ray(folder)
+    assert folder is None or not Path(folder).exists(), "Ray's folder stays behind"
+
+
+def _run(function: WorkerFunction, folder: Path, settings: LaunchSettings, name: str, **options: int) -> Any:
+    config = {"folder": str(folder)}
+    return run_workers(function, config, settings, name, str(folder / "ray"), progress=_no_commit, **options)
+
+
+def _no_commit(config: dict[str, Any]) -> None:
+    """Nothing is ever committed here."""
 
 
 def _note(config: dict[str, Any]) -> int:
@@ -66,13 +76,13 @@ def _bug_on_rank_1(config: dict[str, Any], _: Callable[[], bool]) -> None:
 
 
 def test_a_killed_worker_restarts_the_group_and_rank_0_answers(tmp_path: Path) -> None:
-    answer = run_workers(_killed_once, {"folder": str(tmp_path)}, SETTINGS, "kill", str(tmp_path / "ray"))
+    answer = _run(_killed_once, tmp_path, SETTINGS, "kill")
     assert answer == {"starts": 2, "rank": 0, "stop": False, "threads": "1"}
 
 
 def test_a_data_error_of_one_rank_ends_the_run_as_itself_without_a_retry(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="shard 7 is gone"):
-        run_workers(_data_error_on_rank_1, {"folder": str(tmp_path)}, SETTINGS, "data", str(tmp_path / "ray"))
+        _run(_data_error_on_rank_1, tmp_path, SETTINGS, "data")
     assert len(list(tmp_path.glob("start_*"))) == 1
 
 
@@ -91,13 +101,37 @@ def test_sigterm_to_the_driver_lets_the_workers_save_and_end_once(tmp_path: Path
 
     threading.Thread(target=terminate, daemon=True).start()
     with pytest.raises(PreemptedError, match="saved"):
-        run_workers(_until_asked_to_stop, {"folder": str(tmp_path)}, SETTINGS, "stop", str(tmp_path / "ray"))
+        _run(_until_asked_to_stop, tmp_path, SETTINGS, "stop")
     assert len(list(tmp_path.glob("start_*"))) == 1
 
 
 def test_retries_end_with_the_root_cause(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"max_failures": 0})
     with pytest.raises(RetriesExhaustedError, match=r"max_failures=0.*rank 1.*ZeroDivisionError: a bug") as caught:
-        run_workers(_bug_on_rank_1, {"folder": str(tmp_path)}, settings, "bug", str(tmp_path / "ray"))
+        _run(_bug_on_rank_1, tmp_path, settings, "bug")
     assert caught.value.exit_code == 6
     assert len(list(tmp_path.glob("start_*"))) == 1
+
+
+def _out_of_memory_on_rank_1(config: dict[str, Any], _: Callable[[], bool]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    _note(config)
+    if dist.get_rank() == 1:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    dist.barrier()
+
+
+def test_a_device_out_of_memory_ends_the_run_with_exit_4_without_a_retry(tmp_path: Path) -> None:
+    with pytest.raises(OutOfMemoryJobError, match=r"rank 1 ran out of memory.*2.00 GiB.*micro_batch_slots") as caught:
+        _run(_out_of_memory_on_rank_1, tmp_path, SETTINGS, "memory")
+    assert caught.value.exit_code == 4
+    assert len(list(tmp_path.glob("start_*"))) == 1
+
+
+def test_restarts_without_a_limit_end_when_they_bring_nothing_new(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"max_failures": -1})
+    with pytest.raises(RetriesExhaustedError, match=r"1 restarts in a row.*attempt 2.*ZeroDivisionError: a bug"):
+        _run(_bug_on_rank_1, tmp_path, settings, "fruitless", max_fruitless_restarts=1)
+    assert len(list(tmp_path.glob("start_*"))) == 2
