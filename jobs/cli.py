@@ -90,8 +90,8 @@ class _ResultFile:
             storage.write_json(self._path, result)
 
 
-def check_writable(folder: str) -> None:
-    """Write and remove a small file in `folder`, before any worker starts.
+def check_writable(folder: str, setting: str = "run.folder") -> None:
+    """Write and remove a small file in `folder`, before any worker starts; `setting` is what names it in the config.
 
     Raises:
         ConfigError: it cannot be written.
@@ -102,5 +102,5 @@ def check_writable(folder: str) -> None:
         storage.remove(probe)
     except OSError as error:
         raise ConfigError(
-            f"{folder} cannot be written ({error}); give a folder that this user may write to, by run.folder=..."
+            f"{folder} cannot be written ({error}); give a folder that this user may write to, by {setting}=..."
         ) from error

@@ -18,7 +18,7 @@ def precompute_latents(config: RunConfig, dry_run: bool) -> str:
     if dry_run:
         LOG.info("plan\n%s", describe_plan(plan))
         return "dry run: the plan above can be done; nothing was written"
-    check_writable(config.precompute.cache)
+    check_writable(config.precompute.cache, "precompute.cache")
     result = run_precompute(plan, lambda: start_ray(config.launch))
     report = result.report
     if result.did_nothing:
@@ -27,7 +27,8 @@ def precompute_latents(config: RunConfig, dry_run: bool) -> str:
         )
     return (
         f"{report['kept']} records kept, {sum(report['filtered'].values())} filtered, "
-        f"{len(report['quarantined'])} quarantined, in {plan.precompute.cache} ({report['clips_per_s']} clips/s)"
+        f"{len(report['quarantined'])} quarantined, {len(report['damaged_shards'])} shards damaged, "
+        f"in {plan.precompute.cache} ({report['clips_per_s']} clips/s)"
     )
 
 
