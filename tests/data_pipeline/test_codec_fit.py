@@ -1,0 +1,56 @@
+"""The codec's fit reads listed clips, states what it measured, and is the verb that writes its file."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.codec_fit import measure
+from jobs.fit_codec import main
+from m4v_dist import storage
+from m4v_dist.frozen.pca_codec import PcaCodec
+
+
+@pytest.fixture
+def clip_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A list of two animations inside an importable package."""
+    from PIL import Image
+
+    package = tmp_path / "clips_for_fit"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    clips = []
+    for number, split in enumerate(("train", "held_out")):
+        blocks = np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+        pictures = [Image.fromarray(np.roll(blocks, t, axis=1)) for t in range(10)]
+        buffer = io.BytesIO()
+        pictures[0].save(buffer, format="WEBP", save_all=True, append_images=pictures[1:], duration=50, lossless=True)
+        (package / f"{split}.webp").write_bytes(buffer.getvalue())
+        clips.append({"stem": split, "package": "pytest", "file": f"clips_for_fit/{split}.webp", "split": split})
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"clips": clips}))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return path
+
+
+def test_a_fit_states_the_psnr_that_its_held_out_clips_give(clip_list: Path, tmp_path: Path) -> None:
+    out = tmp_path / "codec.safetensors"
+    assert main(["--clips", str(clip_list), "--out", str(out), "--channels", "6"]) == 0
+    provenance = json.loads(storage.read_tensor_metadata(str(out))["provenance"])
+    assert provenance["training_clips"] == ["train"] and provenance["held_out_clips"] == ["held_out"]
+    held_out = json.loads(clip_list.read_text())["clips"][1:]
+    figures = measure(PcaCodec.from_bytes(out.read_bytes()), held_out, 64)
+    assert figures == pytest.approx(provenance["held_out_psnr"]["64px"], abs=0.01)
+    assert 10 < figures["later_frames_db"] < figures["first_frames_db"] < 60
+
+
+def test_a_list_without_held_out_clips_is_exit_3(
+    clip_list: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = json.loads(clip_list.read_text())["clips"]
+    clip_list.write_text(json.dumps({"clips": clips[:1]}))
+    assert main(["--clips", str(clip_list), "--out", str(tmp_path / "out")]) == 3
+    assert "1 training and 0 held-out clips" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
