@@ -19,7 +19,7 @@ from m4v_dist.blocks.attention import AttentionMixer
 from m4v_dist.blocks.layout import PackedLayout
 from m4v_dist.blocks.modulation import Modulation, gated, modulate
 from m4v_dist.blocks.recompose import invert, recompose, recomposition_plan
-from m4v_dist.blocks.ssm_mixer import SsmMixer
+from m4v_dist.blocks.ssm_mixer import build_ssm_mixer
 from m4v_dist.blocks.temporal_branch import TemporalBranch
 from m4v_dist.config.schema import KernelSettings, ModelSettings
 
@@ -40,7 +40,7 @@ class SsmTokenMixer(nn.Module):
         super().__init__()
         self.path = path
         self.has_text_sandwich = settings.has_text_sandwich
-        self.ssm = SsmMixer(settings.hidden_size, settings.ssm, kernels)
+        self.ssm = build_ssm_mixer(settings.hidden_size, settings.ssm, kernels)
         self.registers = (
             nn.Parameter(torch.empty(NUM_REGISTERS, settings.hidden_size)) if settings.has_registers else None
         )

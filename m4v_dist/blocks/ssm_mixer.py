@@ -8,6 +8,7 @@ Legend: `b` batch, `l` tokens, `d` width, `e` inner width, `h` heads, `p` head w
 """
 
 import math
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,15 @@ from m4v_dist.kernels.scan import ssd_scan
 
 NORM_EPSILON = 1e-5
 DT_MIN, DT_MAX = 1e-3, 0.1
+
+
+def build_ssm_mixer(width: int, settings: SsmSettings, kernels: KernelSettings) -> nn.Module:
+    """The mixer that `settings.variant` names; see `SsmMixer` for the arguments."""
+    match settings.variant:
+        case "mamba2":
+            return SsmMixer(width, settings, kernels)
+        case _:
+            assert_never(settings.variant)
 
 
 class SsmMixer(nn.Module):

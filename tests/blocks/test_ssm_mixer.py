@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m4v_dist.blocks.ssm_mixer import SsmMixer
+from m4v_dist.blocks.ssm_mixer import SsmMixer, build_ssm_mixer
 from m4v_dist.config.schema import KernelSettings, SsmSettings
 from m4v_dist.model.build import initialize_weights
 from tests.conftest import load_golden
@@ -98,3 +98,10 @@ def test_mixer_is_causal() -> None:
     before, after = mixer(tokens), mixer(changed)
     assert torch.equal(before[:, :20], after[:, :20])
     assert (before[:, 20:] - after[:, 20:]).abs().amax(dim=(0, 2)).min() > 0
+
+
+def test_a_variant_without_a_mixer_is_never_built_as_another() -> None:
+    settings = SsmSettings()
+    assert isinstance(build_ssm_mixer(64, settings, KernelSettings()), SsmMixer)
+    with pytest.raises(AssertionError, match="mamba1"):
+        build_ssm_mixer(64, settings.model_copy(update={"variant": "mamba1"}), KernelSettings())

@@ -1,22 +1,58 @@
-"""A host with a GPU and its own torch trains from a carried cache, with no package index and no text encoder.
+"""Training on a GPU host: against the same run on the CPU, and from a carried cache through `python -m jobs.train`.
+
+The first makes its cache here. The second needs no package index and no text encoder on the host, but a cache:
 
 make demo                                                      # here: makes runs/demo/cache
 make test-gpu PYTHON=python3 SKIP_INSTALL=1                    # there, with runs/demo/cache carried along
 """
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from m4v_dist.config.load import config_to_json, parse_config
+from tests.integration.small_run import make_small_cache, small_values
+from tests.integration.test_resume import TOTAL, _train, rows
+from tests.trainer.ranks import ROOT, run_fresh_ranks, run_ranks
+
 CACHE = Path(os.environ.get("M4V_TEST_CACHE", ROOT / "runs" / "demo" / "cache"))
 
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-@pytest.mark.gpu
+
+def _config(folder: str, cache: str, *, use_gpu: bool, zero_stage: int) -> str:
+    values = small_values(folder, cache, zero_stage=zero_stage, precision="bfloat16" if use_gpu else "float32")
+    values["launch"] = {"num_workers": 1, "use_gpu": use_gpu}
+    return config_to_json(parse_config(values, where="test"))
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_gpu_run_follows_the_cpu_run_and_resumes(tmp_path: Path, zero_stage: int) -> None:
+    cache = make_small_cache(str(tmp_path / "cache"))
+    cpu, gpu = str(tmp_path / "cpu"), str(tmp_path / "gpu")
+    environment = {**os.environ, "DS_ACCELERATOR": "cuda"}
+    run_ranks(_train, 1, [_config(cpu, cache, use_gpu=False, zero_stage=zero_stage)])
+    config = [_config(gpu, cache, use_gpu=True, zero_stage=zero_stage)]
+    assert run_fresh_ranks(_train, 1, config, environment=environment) == [[TOTAL]]
+    shutil.rmtree(f"{gpu}/checkpoints/step_{TOTAL:08d}")
+    assert run_fresh_ranks(_train, 1, config, environment=environment) == [[TOTAL]]
+    losses = {folder: {row["step"]: row["train/loss"] for row in rows(folder, "train")} for folder in (cpu, gpu)}
+    assert sorted(losses[gpu]) == list(range(TOTAL))
+    assert all(math.isfinite(loss) for loss in losses[gpu].values())
+    # the same weights and draws: bfloat16 matmuls keep 8 bits
+    assert losses[gpu][0] == pytest.approx(losses[cpu][0], rel=3e-2)
+    redone = [row for row in rows(gpu, "train") if row["attempt"] == 2]
+    assert redone[0]["step"] == 6
+    first = next(row for row in rows(gpu, "train") if row["step"] == 6 and row["attempt"] == 1)
+    assert redone[0]["train/loss"] == pytest.approx(first["train/loss"], rel=1e-2)
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_a_gpu_host_trains_a_few_steps_from_a_carried_cache(tmp_path: Path, zero_stage: int) -> None:

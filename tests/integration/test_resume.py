@@ -1,6 +1,7 @@
 """Straight run against kill and resume, with the real model, objective and loader: bit-identical at the end.
 
-Two gloo ranks on CPU; one of them is killed with SIGKILL in the middle of the video stage, between two checkpoints.
+Two gloo ranks on CPU; one of them is killed with SIGKILL in the middle of the video stage, between two checkpoints:
+rank 0 waits for the kill, so that no machine is so fast or so slow that it comes after the next commit.
 ZeRO 1, 2 and 3 run as plain processes; ZeRO 2 also through `python -m jobs.train` on Ray workers, where the run comes
 back by itself.
 """
@@ -35,6 +36,16 @@ def _train(configs: list[str]) -> list[int]:
     return [train_on_rank({"config": config}, lambda: False)["step"] for config in configs]
 
 
+def _train_until_killed(config: str, folder: str) -> None:
+    def wait_for_the_kill() -> bool:
+        """Asked by rank 0 in each step, before the sum that rank 1 is waited for in."""
+        while not (Path(folder) / "killed").exists() and any(r["step"] >= KILL_AFTER for r in rows(folder, "train")):
+            time.sleep(0.01)
+        return False
+
+    train_on_rank({"config": config}, wait_for_the_kill)
+
+
 def rows(folder: str, kind: str) -> list[dict[str, Any]]:
     """Rows of a run folder so far."""
     path = Path(folder) / "metrics.jsonl"
@@ -42,14 +53,15 @@ def rows(folder: str, kind: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def kill_rank_1(folder: str, is_alive: Callable[[], bool]) -> None:
-    """SIGKILL rank 1 of the first attempt once it has logged step KILL_AFTER."""
+def kill_rank_1(folder: str, is_alive: Callable[[], bool], after: int = KILL_AFTER) -> None:
+    """SIGKILL rank 1 of the first attempt once it has logged step `after`, and leave the file `killed`."""
     deadline = time.monotonic() + 150
-    while not any(row["step"] >= KILL_AFTER for row in rows(folder, "train")):
+    while not any(row["step"] >= after for row in rows(folder, "train")):
         assert time.monotonic() < deadline and is_alive(), "the run ended before the kill"
         time.sleep(0.01)
     attempt = json.loads((Path(folder) / "attempts" / "attempt_0001.json").read_text())
     os.kill(attempt["pids"]["1"], signal.SIGKILL)
+    (Path(folder) / "killed").touch()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +79,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage, config in zip((1, 2, 3), configs["killed"], strict=True):
         folder = f"{base}/killed/zero{stage}"
         answers = run_ranks(
-            _train, 2, [config], watch=lambda ranks, f=folder: kill_rank_1(f, lambda: ranks[1].is_alive())
+            _train_until_killed,
+            2,
+            config,
+            folder,
+            watch=lambda ranks, f=folder: kill_rank_1(f, lambda: ranks[1].is_alive()),
         )
         assert answers == [None, None], "both ranks ended well, so nothing was killed"
     assert run_ranks(_train, 2, configs["killed"]) == [[TOTAL] * 3] * 2
@@ -128,7 +144,8 @@ def test_a_checkpoint_of_zero_2_goes_on_under_zero_3_on_one_rank(runs: Path, tmp
 @pytest.mark.ray
 def test_a_run_on_ray_workers_comes_back_by_itself_after_a_kill(runs: Path) -> None:
     folder = f"{runs}/killed/ray"
-    config = small_config(folder, str(runs / "cache"), zero_stage=2)
+    # No checkpoint between 2 and 9: after step 3 there are five more steps for the kill to fall into.
+    config = small_config(folder, str(runs / "cache"), zero_stage=2, checkpoint_every_steps=100)
     toml = runs / "ray.json.toml"
     toml.write_text(_toml(config.model_dump(mode="json", exclude_none=True)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -136,7 +153,7 @@ def test_a_run_on_ray_workers_comes_back_by_itself_after_a_kill(runs: Path) -> N
         [sys.executable, "-m", "jobs.train", "--config", str(toml)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as process:  # fmt: skip
-        kill_rank_1(folder, lambda: process.poll() is None)
+        kill_rank_1(folder, lambda: process.poll() is None, after=3)
         output, _ = process.communicate(timeout=150)
     assert process.returncode == 0, output[-4000:]
     assert output.strip().splitlines()[-1].startswith(f"train: {TOTAL} steps done, held-out loss")

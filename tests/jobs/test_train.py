@@ -2,12 +2,15 @@
 
 import json
 import logging
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs import cli
 from jobs.train import check_run_folder, train
 from m4v_dist import storage
 from m4v_dist.config.load import config_to_json, parse_config
@@ -15,6 +18,7 @@ from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.trainer import checkpoint
 from tests.integration.small_run import make_small_cache, small_config, small_values
+from tests.integration.test_resume import _toml
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +137,61 @@ def test_a_damaged_checkpoint_is_named_before_any_worker_starts(cache: str, tmp_
     with pytest.raises(DataError, match=r"__0_0.distcp.*damaged"):
         train(config, False)
     assert json.loads((Path(path) / "COMMITTED").read_text())["step"] == 3
+
+
+def _no_cache(cache: Path) -> None:
+    shutil.rmtree(cache)
+
+
+def _empty_cache(cache: Path) -> None:
+    """A precompute that kept nothing."""
+    manifest = storage.read_json(f"{cache}/manifest.json")
+    for name in manifest["fragments"]:
+        for path in cache.rglob(f"*{name}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    storage.write_json(f"{cache}/manifest.json", {**manifest, "fragments": [], "sources": {}})
+
+
+def _other_codec(cache: Path) -> None:
+    manifest = storage.read_json(f"{cache}/manifest.json")
+    manifest["fingerprint"]["codec_weights_sha256"] = "another"
+    storage.write_json(f"{cache}/manifest.json", manifest)
+
+
+def _nothing(cache: Path) -> None:
+    """The overrides are bad enough."""
+
+
+@pytest.mark.parametrize(
+    ("harm", "overrides", "exit_code", "last_line"),
+    [
+        (_no_cache, [], 3, "DataError: .*run jobs.precompute_latents"),
+        (_empty_cache, [], 3, "DataError: .*"),
+        (_other_codec, [], 3, "DataError: .*codec_weights_sha256.*'another'"),
+        (_nothing, ["trainer.global_batch_slots=24"], 3, "DataError: .*14 records.*global_batch_slots=24"),
+        (_nothing, ["trainer.global_batch_slots=13"], 2, "ConfigError: .*global_batch_slots=13 is no multiple"),
+        (_nothing, ["launch.num_workers=5"], 2, "ConfigError: .*launch.num_workers"),
+    ],
+    ids=["no cache", "empty cache", "another codec", "bucket too small", "impossible group", "impossible workers"],
+)
+def test_bad_input_of_the_command_gives_its_code_last_line_and_result(
+    cache: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    harm: Callable[[Path], None],
+    overrides: list[str],
+    exit_code: int,
+    last_line: str,
+) -> None:
+    harm(Path(shutil.copytree(cache, tmp_path / "cache")))
+    config = small_config(str(tmp_path / "run"), str(tmp_path / "cache"))
+    (tmp_path / "run.toml").write_text(_toml(config.model_dump(mode="json", exclude_none=True)))
+    assert cli.main("train", train, "x", ["--config", str(tmp_path / "run.toml"), *overrides]) == exit_code
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(f"train: {last_line}.*", last), last
+    if exit_code == 2:
+        # the config was never whole, so there is no run folder to write to
+        assert not (tmp_path / "run").exists()
+        return
+    result = storage.read_json(f"{tmp_path}/run/result.json")
+    assert (result["verb"], result["exit_code"], f"train: {result['reason']}") == ("train", exit_code, last)
