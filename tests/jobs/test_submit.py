@@ -1,4 +1,4 @@
-"""Every verb also runs through `ray job submit`: a head of our own, a job that ends well and one that does not."""
+"""Every verb also runs through `ray job submit`: a head of our own, jobs that end well and jobs that do not."""
 
 import json
 import os
@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.test_cli import TOML
+from tests.jobs.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60
-JOB_TIMEOUT_S = 120
+JOB_TIMEOUT_S = 180
+STOP_TIMEOUT_S = 120
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -85,7 +86,8 @@ def head() -> Iterator[Head]:
             yield Head(f"http://127.0.0.1:{port}", env)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
+            # With idle workers about, `ray start --block` takes its time to end them all.
+            process.wait(timeout=STOP_TIMEOUT_S)
 
 
 def _wait_until_up(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -102,46 +104,47 @@ def _wait_until_up(address: str, process: "subprocess.Popen[bytes]", log: Path) 
     raise AssertionError(f"no head after {START_TIMEOUT_S} s: {log.read_text()[-2000:]}")
 
 
-def _config(folder: Path) -> Path:
-    """A run with two packed clips, so that the verb has something to plan."""
-    from data_pipeline.pack import RawClip, write_shards
-
-    write_shards(
-        [RawClip(f"c{n}", "mp4", b"not decoded by a dry run", f"caption {n}") for n in range(2)],
-        str(folder / "a-%03d.tar"),
-        max_records=2,
-    )
-    path = folder / "run.toml"
-    text = TOML.format(folder=str(folder / "run"))
-    text = text.replace('"a.tar"', f'"{folder}/a-000.tar"').replace('cache = "c"', f'cache = "{folder}/cache"')
-    path.write_text(text)
-    return path
-
-
-def test_a_submitted_job_runs_and_its_status_and_logs_can_be_read(head: Head, tmp_path: Path) -> None:
-    config = _config(tmp_path)
-    submitted = head.job(
-        "submit", "--submission-id", "plan", "--runtime-env", "cluster/runtime_env.yaml", "--working-dir", ".",
-        "--", "python", "-m", "jobs.precompute_latents", "--config", str(config), "--dry-run",
+def _submit(head: Head, name: str, verb: str, config: str, *overrides: str) -> "subprocess.CompletedProcess[str]":
+    return head.job(
+        "submit", "--submission-id", name, "--runtime-env", "cluster/runtime_env.yaml", "--working-dir", ".",
+        "--", "python", "-m", f"jobs.{verb}", "--config", config, *overrides,
     )  # fmt: skip
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    status = head.job("status", "plan")
-    assert "'plan' succeeded" in status.stdout
-    logs = head.job("logs", "plan").stdout
-    assert "precompute_latents: dry run" in logs and "clips" in logs
 
 
-def test_a_failed_job_gives_1_and_carries_code_and_reason(head: Head, tmp_path: Path) -> None:
+def test_submitted_jobs_precompute_and_train_on_workers_of_the_cluster(head: Head, tmp_path: Path) -> None:
+    """Data by absolute paths: the jobs run in a copy of the working directory that is gone afterwards."""
+    config = write_tiny_run(tmp_path, num_training_clips=1)
+    # Braces come through: Ray gives the line to a shell once more, and quotes it for that.
+    shards = f"sources.0.shards={tmp_path}/shards/clips-{{000..000}}.tar"
+    for name, verb, overrides in (("precompute", "precompute_latents", [shards]), ("train", "train", [])):
+        submitted = _submit(head, name, verb, config, *overrides)
+        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    status = head.job("status", "train")
+    assert "'train' succeeded" in status.stdout
+    assert _job_info(head, "precompute")["status"] == "SUCCEEDED"
+    logs = head.job("logs", "precompute").stdout
+    assert "precompute_latents: 2 records kept" in logs and "joined the Ray cluster" in logs
+    assert "train: 2 steps done" in head.job("logs", "train").stdout
+    assert (tmp_path / "run" / "checkpoints" / "step_00000002" / "COMMITTED").exists()
+
+
+def test_a_job_whose_data_is_missing_gives_1_and_carries_code_and_reason(head: Head, tmp_path: Path) -> None:
     """The command line of `ray job submit` has one exit code for all failures; ours stand in the job's message."""
-    config = _config(tmp_path)
-    submitted = head.job(
-        "submit", "--submission-id", "typo", "--runtime-env", "cluster/runtime_env.yaml", "--working-dir", ".",
-        "--", "python", "-m", "jobs.precompute_latents", "--config", str(config), "trainer.zero_stagee=2",
-    )  # fmt: skip
+    config = write_tiny_run(tmp_path, num_training_clips=1)
+    submitted = _submit(head, "no-cache", "train", config)
     assert submitted.returncode == 1
-    listed = _job_info(head, "typo")
-    assert listed["status"] == "FAILED" and listed["driver_exit_code"] == 2
-    assert "did you mean trainer.zero_stage?" in listed["message"]
+    info = _job_info(head, "no-cache")
+    assert info["status"] == "FAILED" and info["driver_exit_code"] == 3
+    assert "run jobs.precompute_latents first" in str(info["message"])
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["exit_code"] == 3
+
+
+def test_a_job_with_a_typo_gives_1_and_carries_code_and_reason(head: Head, tmp_path: Path) -> None:
+    config = write_tiny_run(tmp_path, num_training_clips=1)
+    assert _submit(head, "typo", "precompute_latents", config, "trainer.zero_stagee=2").returncode == 1
+    info = _job_info(head, "typo")
+    assert info["status"] == "FAILED" and info["driver_exit_code"] == 2
+    assert "did you mean trainer.zero_stage?" in str(info["message"])
     assert "did you mean trainer.zero_stage?" in head.job("logs", "typo").stdout
 
 
