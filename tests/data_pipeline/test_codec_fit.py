@@ -2,10 +2,12 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipeline.codec_fit import measure
 from jobs.fit_codec import main
@@ -54,3 +56,21 @@ def test_a_list_without_held_out_clips_is_exit_3(
     assert main(["--clips", str(clip_list), "--out", str(tmp_path / "out")]) == 3
     assert "1 training and 0 held-out clips" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+class _OffBy:
+    """A codec whose first frame is off by 5 of 255 and whose later ones by 10, towards grey so that nothing clips."""
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        return frames
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        step = torch.full((len(latents), 1, 1, 1), 10 / 127.5)
+        step[0] = 5 / 127.5
+        return latents - latents.sign() * step
+
+
+def test_first_and_later_frames_are_measured_apart_and_in_place(clip_list: Path) -> None:
+    clips = json.loads(clip_list.read_text())["clips"]
+    expected = {"first_frames_db": 20 * math.log10(255 / 5), "later_frames_db": 20 * math.log10(255 / 10)}
+    assert measure(_OffBy(), clips, 128) == pytest.approx(expected, abs=0.01)
