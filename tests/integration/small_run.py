@@ -8,7 +8,7 @@ from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT, CacheRecord,
 from m4v_dist.batch import TextFeatures
 from m4v_dist.config.load import parse_config
 from m4v_dist.config.schema import CodecSettings, RunConfig, TextEncoderSettings
-from m4v_dist.frozen.text_encoder import build_text_encoder
+from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
 from tests.data_pipeline.made_cache import MadeSource, made_row
 
@@ -39,7 +39,7 @@ def make_small_cache(folder: str) -> str:
         writer.commit({"fingerprint": "made"})
     manifest = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": codec.fingerprint() | build_text_encoder(TextEncoderSettings()).fingerprint(),
+        "fingerprint": codec.fingerprint() | text_encoder_fingerprint(TextEncoderSettings()),
         "normalization": codec.normalization.to_json(),
         "spatial_stride": codec.spatial_stride,
         "null_prompt": NULL_PROMPT,

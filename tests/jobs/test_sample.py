@@ -184,13 +184,6 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_exit_2(run: str) -> None:
         sample(_changed(run, "launch", use_gpu=True), False)
 
 
-@pytest.mark.gpu
-def test_sampling_uses_the_gpu_where_the_run_does(run: str) -> None:
-    torch.cuda.reset_peak_memory_stats()
-    sample(_changed(run, "launch", use_gpu=True), False)
-    assert torch.cuda.max_memory_allocated() > 0
-
-
 def test_a_size_that_the_pyramid_cannot_make_is_exit_2(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="multiples of 64"):
         sample(_config(str(tmp_path), height_px=96), False)
