@@ -116,7 +116,14 @@ def run_fresh_ranks(
         Path(task).write_bytes(pickle.dumps((function, arguments)))
         code = "import os, sys; from tests.trainer.ranks import rank_main; rank_main(sys.argv[1], dict(os.environ))"
         processes = [
-            subprocess.Popen([sys.executable, "-c", code, task], env={**own, **environment, "PYTHONPATH": str(ROOT)})
+            subprocess.Popen(
+                [sys.executable, "-c", code, task],
+                env={
+                    **own,
+                    **environment,
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]),
+                },
+            )
             for own in _environments(world_size)
         ]
         try:
