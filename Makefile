@@ -39,7 +39,8 @@ demo: $(READY)
 	$(PY) -m jobs.demo $(ARGS)
 
 test: $(READY) lint
-	$(PY) -m pytest -m "not gpu" --durations=15
+	# Two processes, a file to one of them: most of the time of the ray tests is waiting for Ray to start.
+	$(PY) -m pytest -m "not gpu" --durations=15 -n 2 --dist loadfile
 
 test-fast: $(READY)
 	$(PY) -m pytest -m "not gpu and not slow and not ray"
