@@ -101,7 +101,7 @@ class Demo:
             f"\nPacking real clips from installed packages, and one broken file, into {shards}"
             "\n(in this process, by data_pipeline/demo_clips.py; the steps below are commands to copy)"
         )
-        clips = read_clip_list(CLIP_LIST)
+        clips = [clip for clip in read_clip_list(CLIP_LIST) if clip.is_in_demo]
         records = pack_demo(clips, shards, num_clips_per_shard=CLIPS_PER_SHARD, num_threads=os.cpu_count() or 1)
         for _ in tqdm(records, total=len(clips), desc="pack", unit="clip"):
             pass
@@ -207,7 +207,8 @@ def require_own_folder(folder: str) -> None:
     """
     if os.path.islink(folder.rstrip("/")) or (os.path.exists(folder) and not os.path.isdir(folder)):
         raise ConfigError(f"run.folder={folder} is a link or a file; the demo removes its folder, so give a plain one.")
-    there = storage.list_folder(folder)
+    # A verb that was refused leaves its reason and nothing else: no work of anybody's is lost with that.
+    there = [name for name in storage.list_folder(folder) if name != "result.json"]
     if there and MARKER not in there:
         raise ConfigError(
             f"run.folder={folder} is not empty ({', '.join(there[:3])}) and was not made by the demo (no {MARKER} in "

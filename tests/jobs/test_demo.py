@@ -85,6 +85,11 @@ def test_a_folder_that_the_demo_did_not_make_is_left_as_it_is(
     assert [path.name for path in videos.iterdir()] == ["wedding.mp4"]
 
 
+def test_the_reason_of_a_refused_verb_does_not_bar_the_demo(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    demo.require_own_folder(str(tmp_path))
+
+
 def test_a_linked_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
