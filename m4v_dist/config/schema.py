@@ -408,10 +408,12 @@ def _validate_batch(config: RunConfig) -> None:
     for phase in config.curriculum:
         step = workers * phase.micro_batch_slots
         if slots % step:
+            above = (slots // step + 1) * step
+            fitting = f"{above - step} or {above}" if above > step else f"{above}"
             raise ConfigError(
                 f"curriculum {phase.name!r}: trainer.global_batch_slots={slots} is no multiple of launch.num_workers "
                 f"* micro_batch_slots = {workers} * {phase.micro_batch_slots} = {step}; use "
-                f"{max(1, slots // step) * step} or {(slots // step + 1) * step} slots, or another micro-batch."
+                f"{fitting} slots, or another micro-batch."
             )
     held_out = config.trainer.held_out_slots
     if held_out % workers:

@@ -81,6 +81,14 @@ def test_refusal_says_what_and_the_way_out(section: str, key: str, value: Any, w
         assert word in str(caught.value)
 
 
+def test_a_batch_smaller_than_one_micro_batch_on_each_worker_has_one_way_out() -> None:
+    values = run_values()
+    values["launch"]["num_workers"] = 5
+    values["trainer"] = {"held_out_slots": 0}
+    with pytest.raises(ConfigError, match=r"5 \* 4 = 20; use 20 slots, or"):
+        parse_config(values, "run.toml")
+
+
 def test_micro_batch_that_does_not_divide_names_two_ways_out() -> None:
     values = run_values()
     values["curriculum"][0]["micro_batch_slots"] = 3
