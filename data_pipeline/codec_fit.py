@@ -25,7 +25,7 @@ from m4v_dist.frozen.pca_codec import PcaCodec, fit_pca_weights
 from m4v_dist.frozen.video_file import centre_crop, decode_animation, read_video, resize_cover
 from m4v_dist.frozen.video_vae import Codec, frames_from_uint8, frames_to_uint8
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 SIZES_PX = (64, 128, 256)
 MAX_FRAMES = 89
 
@@ -94,7 +94,7 @@ def fit_codec(clip_list: str, out: str, channels: int) -> str:
     figures = {f"{size}px": measure(codec, held_out, size) for size in SIZES_PX}
     weights.provenance["held_out_psnr"] = figures
     storage.write_bytes(out, weights.to_bytes())
-    LOG.info("provenance: %s", json.dumps(weights.provenance, indent=2))
+    logger.info("provenance: %s", json.dumps(weights.provenance, indent=2))
     return (
         f"{out}: fitted on {len(training)} clips in {seconds:.0f} s; PSNR on {len(held_out)} held-out clips {figures}"
     )

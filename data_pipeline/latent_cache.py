@@ -1,4 +1,4 @@
-"""The latent cache: record format, shard writer and reader (design contract 2; data_pipeline/README.md has the layout).
+"""The latent cache: record format, shard writer and reader (data_pipeline/README.md has the layout).
 
 A record is three members of a WebDataset tar that stand side by side: `<key>.latents.safetensors`,
 `<key>.text.safetensors`, `<key>.json`. The index row holds their offset, size and checksum, so that a record is one

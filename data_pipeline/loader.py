@@ -24,7 +24,7 @@ from m4v_dist.batch import LatentBatch, Slot
 from m4v_dist.config.schema import CurriculumStageSettings, ObjectiveSettings, SourceSettings
 from m4v_dist.errors import ConfigError, DataError
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _RESERVE_TRIES = 16
 _POLL_S = 0.2
@@ -255,7 +255,7 @@ class LatentLoader:
                     read[place] = self._read_record(*place)
                 except CorruptRecordError as error:
                     self._bad[place] = str(error)
-                    LOG.warning("damaged record %d of this rank, replaced: %s", len(self._bad), error)
+                    logger.warning("damaged record %d of this rank, replaced: %s", len(self._bad), error)
             if place in read:
                 record = place[1]
                 return replace(slot, record=record, key=self._cache.rows(slot.source)[record].key), read[place]

@@ -1,4 +1,4 @@
-"""Raw shards, written and read: media and captions in WebDataset tars (design contract 2).
+"""Raw shards, written and read: media and captions in WebDataset tars.
 
 Written bytes depend on the records alone (no time, owner or host in the tar), and a shard appears under its name only
 when it is whole. Per key one media member and `json` and/or `txt` with the caption.

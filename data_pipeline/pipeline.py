@@ -38,7 +38,7 @@ from m4v_dist.config.schema import PrecomputeSettings
 from m4v_dist.errors import ConfigError, DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError
 from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 RunShards = Callable[[PrecomputePlan, list[ShardTask]], dict[str, ShardOutcome]]
 """Does the pending shards and returns their outcomes by output name; `run_on_ray` is the one of every job."""
@@ -81,9 +81,9 @@ def run_precompute(
     committed = {task.name: outcome for task in tasks if (outcome := committed_outcome(cache, task)) is not None}
     pending = [task for task in tasks if task.name not in committed]
     if not pending and existing is not None and _is_finished(cache, existing, committed):
-        LOG.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
+        logger.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
         return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
-    LOG.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
+    logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
     null_text = _null_text(plan)
     _remove_leftovers(cache)
     done_now: dict[str, ShardOutcome] = {}
@@ -109,7 +109,7 @@ def _remove_leftovers(cache: str) -> None:
     for folder in ("shards", "index"):
         for name in storage.list_folder(storage.join(cache, folder)):
             if ".tmp-" in name:
-                LOG.info("removing %s/%s, left by a run that was killed", folder, name)
+                logger.info("removing %s/%s, left by a run that was killed", folder, name)
                 storage.remove(storage.join(cache, folder, name))
 
 
@@ -160,7 +160,7 @@ def require_room_for_an_actor(settings: PrecomputeSettings, nodes: Sequence[Mapp
     )
     if not settings.wait_for_nodes:
         raise ConfigError(f"{message}; lower them, or set precompute.wait_for_nodes=true if the cluster grows.")
-    LOG.warning("%s; waiting for it to grow", message)
+    logger.warning("%s; waiting for it to grow", message)
 
 
 def collect(rows: Iterable[Mapping[str, Any]], num_shards: int) -> dict[str, ShardOutcome]:
@@ -204,7 +204,7 @@ def _raise_failures(failures: Sequence[Mapping[str, Any]], num_shards: int) -> N
     kind = next((kind for kind in kinds if kind.exit_code in codes), DataError)
     of_kind = [row for row in failures if row["exit_code"] == kind.exit_code] or failures
     for row in failures:
-        LOG.error("%s: %s", row["name"], row["error"])
+        logger.error("%s: %s", row["name"], row["error"])
     first = min(of_kind, key=lambda row: str(row["name"]))
     raise kind(
         f"precompute: {len(failures)} of {num_shards} shards could not be done ({first['name']}: {first['error']}); "

@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline.precompute_plan import ShardOutcome
 from m4v_dist import storage
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 REST_OF_SHARD = "(rest of the shard)"
 """Stands for the keys that nobody could read in quarantine.txt."""
 
@@ -44,7 +44,7 @@ def write_report(
         if outcome.damage:
             lines.append("\t".join((outcome.source, outcome.damage["shard"], REST_OF_SHARD, outcome.damage["error"])))
     storage.write_bytes(storage.join(cache, "quarantine.txt"), "".join(f"{line}\n" for line in lines).encode())
-    LOG.info("precompute report\n%s", format_report(report))
+    logger.info("precompute report\n%s", format_report(report))
     return report
 
 

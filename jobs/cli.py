@@ -1,6 +1,6 @@
 """The command line of every verb: `--config FILE`, `--dry-run`, dotted overrides `key=value`; nothing else, ever.
 
-Maps errors to the exit codes of design contract 5, prints the reason as the last line and writes `<run>/result.json`.
+Maps errors to exit codes (m4v_dist/errors.py), prints the reason as the last line and writes `<run>/result.json`.
 """
 
 import argparse

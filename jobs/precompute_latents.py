@@ -9,14 +9,14 @@ from jobs.cli import check_writable, main
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.launch.ray_workers import start_ray
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def precompute_latents(config: RunConfig, dry_run: bool) -> str:
     """Fill the run's latent cache; see `pipeline.run_precompute` for what it raises."""
     plan = PrecomputePlan(config.sources, config.precompute, config.codec, config.text_encoder)
     if dry_run:
-        LOG.info("plan\n%s", describe_plan(plan))
+        logger.info("plan\n%s", describe_plan(plan))
         return "dry run: the plan above can be done; nothing was written"
     check_writable(config.precompute.cache, "precompute.cache")
     result = run_precompute(plan, lambda: start_ray(config.launch))

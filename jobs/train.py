@@ -29,13 +29,13 @@ from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from m4v_dist.objective.history import choose_unit, num_segment_tokens
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
-from m4v_dist.trainer.curriculum import phases
+from m4v_dist.trainer.curriculum import curriculum_stages
 from m4v_dist.trainer.deepspeed_engine import model_state_bytes
 from m4v_dist.trainer.optimizer import is_frozen
 from m4v_dist.trainer.resume import require_same_run
 from m4v_dist.trainer.trainer import Trainer
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _PLANNED_STEPS = 4
 """Steps of each stage that a dry run plans, to count tokens."""
@@ -56,7 +56,7 @@ def train(config: RunConfig, dry_run: bool) -> str:
     step = check_run_folder(config)
     loader = check_data(config)
     if dry_run:
-        LOG.info("plan\n%s", plan_table(config, loader, step))
+        logger.info("plan\n%s", plan_table(config, loader, step))
         return "dry run: the plan above can be done; nothing was written"
     loader.close()
     if step == config.total_steps:
@@ -153,14 +153,19 @@ def check_run_folder(config: RunConfig) -> int:
     step = checkpoint.step_of(newest)
     # That the stages before it are as long as they were is settled above.
     stop = next(
-        (phase.stop for phase in phases(config.curriculum) if phase.index == stage["index"]), config.total_steps
+        (
+            curriculum_stage.stop
+            for curriculum_stage in curriculum_stages(config.curriculum)
+            if curriculum_stage.index == stage["index"]
+        ),
+        config.total_steps,
     )
     if step > stop:
         raise ConfigError(
             f"{newest} is at step {step} of stage {stage['name']!r}, but that stage now ends at step {stop}; give it "
             f"at least the {step - stage['start']} steps that were done."
         )
-    LOG.info("going on from %s", newest)
+    logger.info("going on from %s", newest)
     return step
 
 
@@ -200,14 +205,14 @@ def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
     lines = [
         f"{'stage':<16}{'steps':>14}{'slots':>7}{'micro-batches':>15}{'latents':>9}{'tokens/step':>13}{'training':>14}"
     ]
-    for phase in phases(config.curriculum):
-        settings = phase.settings
-        loader.enter(phase.index, 0)
+    for curriculum_stage in curriculum_stages(config.curriculum):
+        settings = curriculum_stage.settings
+        loader.enter(curriculum_stage.index, 0)
         batches = [batch for batch, _ in zip(loader.steps(), range(_PLANNED_STEPS), strict=False)]
         tokens = sum(slot.num_tokens for b in batches for micro in b.micro_batches for slot in micro.slots)
         loader.load_state_dict({**loader.state_dict(), "next_step": 0, "cursors": {}})
         training = sum(size for name, size in named if not is_frozen(name, settings.freeze))
-        span = f"{phase.start}..{phase.stop}"
+        span = f"{curriculum_stage.start}..{curriculum_stage.stop}"
         micro = f"{workers} x {slots // workers // settings.micro_batch_slots}"
         lines.append(
             f"{settings.name:<16}{span:>14}{slots:>7}{micro:>15}{settings.num_latents:>9}"

@@ -1,8 +1,8 @@
 """What travels between loader, objective, sampler and model: `LatentBatch` and `ModelInput`.
 
 A *slot* is one training sample of the global batch: one record of the cache, cut to its first `unit` latents, at one
-pyramid stage. Every number of a slot is a function of (seed, step, slot) and the plan, never of a rank or world size
-(design contract 2). Slots differ in shape, so a batch is a tuple of tensors, packed later into one sequence.
+pyramid stage. Every number of a slot is a function of (seed, step, slot) and the plan, never of a rank or world size.
+Slots differ in shape, so a batch is a tuple of tensors, packed later into one sequence.
 
 Legend: `c` latent channels, `t` latents in time, `h` `w` latent grid, `n` text tokens, `d` text width.
 """

@@ -1,4 +1,4 @@
-"""Errors that end a job, each with the exit code that the job gives (design contract 5).
+"""Errors that end a job, each with the exit code that the job gives (table in jobs/README.md).
 
 Floor 1 of the house: standard library only, so every folder may raise them. A message says what was wrong, the values,
 where, and the way out; `jobs/cli.py` prints it as the last line and writes it to `<run>/result.json`.

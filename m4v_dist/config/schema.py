@@ -1,4 +1,4 @@
-"""Every setting of a run as a frozen pydantic model: one TOML file per run, read by every verb (design contract 1).
+"""Every setting of a run as a frozen pydantic model: one TOML file per run, read by every verb.
 
 A field has a bound, a unit in its name and a sentence. What one section can know is checked by its own validator; what
 needs several sections is checked by `validate(run)`, which changes nothing. Derived values are properties.
@@ -101,7 +101,7 @@ class KernelSettings(Settings):
 
 
 class SsmSettings(Settings):
-    """The state-space mixer of a unified block (model-spec 5.6)."""
+    """The state-space mixer of a unified block (M4V paper, section 3.2)."""
 
     variant: Literal["mamba2"] = Field(default="mamba2", description="mamba2: scalar decay per head.")
     expand: PositiveInt = Field(default=2, description="Inner width over hidden width.")
@@ -131,7 +131,7 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {
 
 
 class ModelSettings(Settings):
-    """The pyramid backbone (model-spec 1 and 5); `preset` fills in what the file leaves out."""
+    """The pyramid backbone; `preset` fills in what the file leaves out."""
 
     preset: Literal["tiny", "small", "m4v_2b"] = Field(default="tiny", description="Named sizes; keys here override.")
     hidden_size: PositiveInt = Field(description="Width d of the residual stream.")
@@ -200,7 +200,7 @@ class ModelSettings(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """Pyramid flow matching (model-spec 3)."""
+    """Pyramid flow matching (arXiv 2410.05954)."""
 
     num_pyramid_stages: int = Field(default=3, ge=1, le=3, description="Resolution levels of the flow.")
     stage_columns: tuple[int, ...] = Field(
@@ -226,26 +226,26 @@ class ObjectiveSettings(Settings):
 
 
 class CurriculumStageSettings(Settings):
-    """One training phase; freeze set, groups and micro-batch change only at its boundary."""
+    """One curriculum stage; freeze set, groups and micro-batch change only at its boundary."""
 
-    name: Name = Field(description="Name of the phase, as logged.")
-    num_steps: PositiveInt = Field(description="Optimizer steps of this phase.")
+    name: Name = Field(description="Name of the stage, as logged.")
+    num_steps: PositiveInt = Field(description="Optimizer steps of this stage.")
     num_latents: PositiveInt = Field(description="Longest clip in latents; longer records are cut to a prefix.")
     buckets: tuple[BucketSettings, ...] = Field(min_length=1, description="Sizes of the cache that are read.")
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         min_length=1, description="Share of each source in the mix."
     )
-    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="Peak learning rate of this phase.")
-    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up at the start of this phase.")
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="Peak learning rate of this stage.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up at the start of this stage.")
     micro_batch_slots: PositiveInt = Field(default=4, description="Slots of one forward on one rank.")
-    freeze: tuple[Literal["double_blocks"], ...] = Field(default=(), description="What does not train in this phase.")
+    freeze: tuple[Literal["double_blocks"], ...] = Field(default=(), description="What does not train in this stage.")
 
 
 class TrainerSettings(Settings):
     """The loop: optimizer, ZeRO, EMA, checkpoints, validation."""
 
     global_batch_slots: PositiveInt = Field(default=16, description="S: slots of one optimizer step, over all ranks.")
-    sync_group: PositiveInt = Field(default=8, description="G: consecutive slots that share a video (model-spec 3).")
+    sync_group: PositiveInt = Field(default=8, description="G: consecutive slots that share a video.")
     zero_stage: Literal[1, 2, 3] = Field(default=2, description="DeepSpeed's sharding stage.")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of matmuls; parameters stay float32."
@@ -302,7 +302,7 @@ class LoggingSettings(Settings):
 
 
 class SamplingSettings(Settings):
-    """The autoregressive pyramid sampler (model-spec 3)."""
+    """The autoregressive pyramid sampler (arXiv 2410.05954)."""
 
     prompts: tuple[str, ...] = Field(default=(), description="One video per prompt.")
     num_latents: PositiveInt = Field(default=8, description="Length in latents; frames = 8 (n - 1) + 1.")
@@ -341,7 +341,7 @@ class RunConfig(Settings):
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole curriculum."""
-        return sum(phase.num_steps for phase in self.curriculum)
+        return sum(stage.num_steps for stage in self.curriculum)
 
     @property
     def train_sources(self) -> tuple[SourceSettings, ...]:
@@ -368,25 +368,25 @@ def validate(config: RunConfig) -> None:
     _validate_sizes(config)
     train_names = {source.name for source in config.train_sources}
     cached = set(config.precompute.buckets)
-    for phase in config.curriculum:
-        unknown = sorted(set(phase.weights) - train_names)
+    for stage in config.curriculum:
+        unknown = sorted(set(stage.weights) - train_names)
         if unknown:
             raise ConfigError(
-                f"curriculum {phase.name!r}: weights name {unknown}, but the training sources are "
+                f"curriculum {stage.name!r}: weights name {unknown}, but the training sources are "
                 f'{sorted(train_names)}; add the source with split = "train", or drop the weight.'
             )
-        missing = [bucket for bucket in phase.buckets if bucket not in cached]
+        missing = [bucket for bucket in stage.buckets if bucket not in cached]
         if missing:
             sizes = [f"{bucket.height_px}x{bucket.width_px}" for bucket in missing]
             raise ConfigError(
-                f"curriculum {phase.name!r}: bucket {', '.join(sizes)} is not among precompute.buckets; add it there."
+                f"curriculum {stage.name!r}: bucket {', '.join(sizes)} is not among precompute.buckets; add it there."
             )
         longest = (config.precompute.num_frames - 1) // 8 + 1
-        if phase.num_latents > longest:
+        if stage.num_latents > longest:
             raise ConfigError(
-                f"curriculum {phase.name!r}: num_latents={phase.num_latents} is longer than the cache's {longest} "
+                f"curriculum {stage.name!r}: num_latents={stage.num_latents} is longer than the cache's {longest} "
                 f"({config.precompute.num_frames} frames); raise precompute.num_frames to "
-                f"{(phase.num_latents - 1) * 8 + 1} or shorten the phase."
+                f"{(stage.num_latents - 1) * 8 + 1} or shorten the stage."
             )
     if (
         len(config.sampling.first_unit_steps) != config.objective.num_pyramid_stages
@@ -405,14 +405,14 @@ def _validate_batch(config: RunConfig) -> None:
             f"trainer.global_batch_slots={slots} is no multiple of trainer.sync_group={group}; "
             f"use {(slots // group + 1) * group}, or a smaller group."
         )
-    for phase in config.curriculum:
-        step = workers * phase.micro_batch_slots
+    for stage in config.curriculum:
+        step = workers * stage.micro_batch_slots
         if slots % step:
             above = (slots // step + 1) * step
             fitting = f"{above - step} or {above}" if above > step else f"{above}"
             raise ConfigError(
-                f"curriculum {phase.name!r}: trainer.global_batch_slots={slots} is no multiple of launch.num_workers "
-                f"* micro_batch_slots = {workers} * {phase.micro_batch_slots} = {step}; use "
+                f"curriculum {stage.name!r}: trainer.global_batch_slots={slots} is no multiple of launch.num_workers "
+                f"* micro_batch_slots = {workers} * {stage.micro_batch_slots} = {step}; use "
                 f"{fitting} slots, or another micro-batch."
             )
     held_out = config.trainer.held_out_slots

@@ -1,4 +1,4 @@
-"""Per-channel mean and scale of latents: the one home of the latent statistics (style 2.2).
+"""Per-channel mean and scale of latents: the one home of the latent statistics.
 
 The cache stores latents un-normalised; whoever hands latents to the model normalises them here, and whoever decodes
 undoes it. The first frame of a clip (and an image) has its own statistics, as in the M4V backbone's source

@@ -1,6 +1,6 @@
-"""Which training phase a step belongs to; pure numbers.
+"""Which curriculum stage a step belongs to; pure numbers.
 
-A phase (curriculum stage) is a range of global steps with its own data, learning rate, freeze set and micro-batch. At
+A curriculum stage is a range of global steps with its own data, learning rate, freeze set and micro-batch. At
 its boundary the trainer commits a checkpoint, builds a new engine and loads that checkpoint into it: the same path as a
 resume, so a boundary cannot carry over anything that a restart would lose.
 """
@@ -12,14 +12,14 @@ from m4v_dist.config.schema import CurriculumStageSettings
 
 
 @dataclass(frozen=True)
-class Phase:
+class CurriculumStage:
     """One curriculum stage, placed.
 
     Args:
         index: position in the curriculum.
         settings: its settings.
         start: first global step.
-        stop: first global step of the next phase.
+        stop: first global step of the next stage.
     """
 
     index: int
@@ -28,15 +28,15 @@ class Phase:
     stop: int
 
 
-def phases(curriculum: Sequence[CurriculumStageSettings]) -> tuple[Phase, ...]:
+def curriculum_stages(curriculum: Sequence[CurriculumStageSettings]) -> tuple[CurriculumStage, ...]:
     """Lay the stages end to end."""
     placed, start = [], 0
     for index, settings in enumerate(curriculum):
-        placed.append(Phase(index, settings, start, start + settings.num_steps))
+        placed.append(CurriculumStage(index, settings, start, start + settings.num_steps))
         start += settings.num_steps
     return tuple(placed)
 
 
-def phase_at(curriculum: Sequence[CurriculumStageSettings], step: int) -> Phase | None:
-    """The phase that trains global step `step` (0-based), or None past the end."""
-    return next((phase for phase in phases(curriculum) if phase.start <= step < phase.stop), None)
+def curriculum_stage_at(curriculum: Sequence[CurriculumStageSettings], step: int) -> CurriculumStage | None:
+    """The stage that trains global step `step` (0-based), or None past the end."""
+    return next((stage for stage in curriculum_stages(curriculum) if stage.start <= step < stage.stop), None)

@@ -51,7 +51,7 @@ def parameter_groups(
     Args:
         named: the model's parameters with their names, in model order.
         freeze: sets that do not train.
-        freezable: sets that any phase may freeze; each has groups of its own.
+        freezable: sets that any stage may freeze; each has groups of its own.
     """
     members: dict[tuple[str, bool], list[str]] = {}
     for name, parameter in named:
@@ -65,15 +65,15 @@ def parameter_groups(
     )
 
 
-def learning_rate(phase: CurriculumStageSettings, step_in_phase: int) -> float:
-    """Learning rate of a step: linear warm-up over `warmup_steps`, then the phase's constant rate.
+def learning_rate(stage: CurriculumStageSettings, step_in_stage: int) -> float:
+    """Learning rate of a step: linear warm-up over `warmup_steps`, then the stage's constant rate.
 
     A function of the step alone, so that a resumed run cannot differ.
 
     Args:
-        phase: the curriculum stage.
-        step_in_phase: 0-based.
+        stage: the curriculum stage.
+        step_in_stage: 0-based.
     """
-    if step_in_phase < phase.warmup_steps:
-        return phase.learning_rate * (step_in_phase + 1) / phase.warmup_steps
-    return phase.learning_rate
+    if step_in_stage < stage.warmup_steps:
+        return stage.learning_rate * (step_in_stage + 1) / stage.warmup_steps
+    return stage.learning_rate

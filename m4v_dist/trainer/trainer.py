@@ -25,7 +25,7 @@ from m4v_dist.errors import PreemptedError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.attempt import begin_attempt
-from m4v_dist.trainer.curriculum import Phase, phase_at
+from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.guards import Clock, SkippedSteps
@@ -116,23 +116,23 @@ class Trainer:
         return TrainResult(self.step, self.held_out_loss, self.saved)
 
     def _train(self, broken: Broken | None) -> None:
-        """Do all phases that are left.
+        """Do all curriculum stages that are left.
 
         Args:
             broken: what the attempt before lost, if this one is a restart.
         """
-        while (phase := phase_at(self.config.curriculum, self.step)) is not None:
-            self._enter(phase)
+        while (curriculum_stage := curriculum_stage_at(self.config.curriculum, self.step)) is not None:
+            self._enter(curriculum_stage)
             self._count_start(broken)
             broken = None
             if self.step == 0:
                 self._validate()
-            self._train_phase(phase)
+            self._train_stage(curriculum_stage)
             self.loader.close()
             self.engine.close()
             self._lap_other()
 
-    # ---- phases
+    # ---- curriculum stages
 
     def _count_start(self, broken: Broken | None) -> None:
         """Put the time until here into the ledger: of a restart from the broken attempt's last row, else a build."""
@@ -149,9 +149,9 @@ class Trainer:
         # Now, so that an attempt that dies before its first commit still counts.
         self._write_ledger()
 
-    def _enter(self, phase: Phase) -> None:
-        """Build the engine of a phase and fill it from the newest checkpoint, if there is one."""
-        settings, config = phase.settings, self.config
+    def _enter(self, curriculum_stage: CurriculumStage) -> None:
+        """Build the engine of a curriculum stage and fill it from the newest checkpoint, if there is one."""
+        settings, config = curriculum_stage.settings, self.config
         self.engine = ZeroEngine(
             self.build_model(),
             config.trainer,
@@ -162,32 +162,42 @@ class Trainer:
         self.ema = Ema(self.engine.slices(), config.trainer.ema_decay)
         if self.saved is not None:
             self._load(self.saved)
-        self.loader.enter(phase.index, self.step)
-        stage = {"curriculum_stage": settings.name, "start": phase.start, "stop": phase.stop}
+        self.loader.enter(curriculum_stage.index, self.step)
+        stage = {"curriculum_stage": settings.name, "start": curriculum_stage.start, "stop": curriculum_stage.stop}
         self._write("stage", self.step, {**stage, "freeze": list(settings.freeze)})
-        self._log("stage %s: steps %d to %d, from %s", settings.name, self.step, phase.stop, self.saved or "the start")
+        self._log(
+            "stage %s: steps %d to %d, from %s",
+            settings.name,
+            self.step,
+            curriculum_stage.stop,
+            self.saved or "the start",
+        )
 
-    def _train_phase(self, phase: Phase) -> None:
+    def _train_stage(self, curriculum_stage: CurriculumStage) -> None:
         every = self.config.trainer
         batches = self.loader.steps()
-        while self.step < phase.stop:
-            self._train_step(phase, batches)
+        while self.step < curriculum_stage.stop:
+            self._train_step(curriculum_stage, batches)
             if self.step == self.config.total_steps:
                 # Before the last commit: a kill between the two would leave a finished run without its figure.
                 self.held_out_loss = self._validate()
-            if self.step % every.checkpoint_every_steps == 0 or self.step == phase.stop or self.wants_stop:
-                self._save(phase)
+            if self.step % every.checkpoint_every_steps == 0 or self.step == curriculum_stage.stop or self.wants_stop:
+                self._save(curriculum_stage)
             if self.wants_stop and self.step < self.config.total_steps:
                 raise PreemptedError(f"asked to stop at step {self.step}; saved: {self.saved}. Submit again to go on.")
-            if every.validate_every_steps and self.step % every.validate_every_steps == 0 and self.step < phase.stop:
+            if (
+                every.validate_every_steps
+                and self.step % every.validate_every_steps == 0
+                and self.step < curriculum_stage.stop
+            ):
                 self._validate()
 
-    def _train_step(self, phase: Phase, batches: Iterator[StepBatch]) -> None:
+    def _train_step(self, curriculum_stage: CurriculumStage, batches: Iterator[StepBatch]) -> None:
         self._lap_other()
         batch = next(batches)
         assert batch.step == self.step, f"the loader yields step {batch.step}, the trainer is at {self.step}"
         data_s = self.clock.lap()
-        rate = learning_rate(phase.settings, self.step - phase.start)
+        rate = learning_rate(curriculum_stage.settings, self.step - curriculum_stage.start)
         tally = Tally(self.sources)
         with self.engine.accumulate():
             for micro_batch in batch.micro_batches:
@@ -215,7 +225,7 @@ class Trainer:
         self.skipped.record(step=self.step, is_applied=norm is not None, loss=sums.loss)
         if self.step % self.config.logging.every_steps == 0:
             row = {
-                "curriculum_stage": phase.settings.name,
+                "curriculum_stage": curriculum_stage.settings.name,
                 "train/loss": sums.loss,
                 "train/grad_norm": norm if norm is not None else math.nan,
                 "train/lr": rate,
@@ -256,10 +266,14 @@ class Trainer:
 
     # ---- state
 
-    def _save(self, phase: Phase) -> None:
+    def _save(self, curriculum_stage: CurriculumStage) -> None:
         self._lap_other()
         state = {
-            "curriculum_stage": {"index": phase.index, "name": phase.settings.name, "start": phase.start},
+            "curriculum_stage": {
+                "index": curriculum_stage.index,
+                "name": curriculum_stage.settings.name,
+                "start": curriculum_stage.start,
+            },
             "loader": self.loader.state_dict(),
             "optimizer_steps": self.engine.optimizer_steps(),
             "ema_updates": self.ema.num_updates,

@@ -104,7 +104,7 @@ def test_micro_batch_that_does_not_divide_names_two_ways_out() -> None:
         ({"buckets": [{"height_px": 128, "width_px": 64}]}, "128x64"),
     ],
 )
-def test_phase_that_contradicts_other_sections_is_refused(change: dict[str, Any], words: str) -> None:
+def test_curriculum_stage_that_contradicts_other_sections_is_refused(change: dict[str, Any], words: str) -> None:
     values = run_values()
     values["curriculum"][0].update(change)
     with pytest.raises(ConfigError) as caught:

@@ -9,7 +9,7 @@ from m4v_dist.trainer.optimizer import learning_rate, parameter_groups
 from tests.trainer.toy import ToyModel
 
 
-def _phase(**changes: object) -> CurriculumStageSettings:
+def _stage(**changes: object) -> CurriculumStageSettings:
     values = {"name": "a", "num_steps": 10, "num_latents": 1, "buckets": [{"height_px": 64, "width_px": 64}]}
     return CurriculumStageSettings.model_validate({**values, "weights": {"a": 1}, "learning_rate": 0.1, **changes})
 
@@ -41,6 +41,6 @@ def test_a_prefix_of_a_name_is_not_the_set() -> None:
 
 
 def test_warmup_rises_to_the_peak_and_stays() -> None:
-    phase = _phase(warmup_steps=4)
-    assert [learning_rate(phase, step) for step in range(6)] == [0.025, 0.05, 0.1 * 3 / 4, 0.1, 0.1, 0.1]
-    assert learning_rate(_phase(), 0) == 0.1
+    stage = _stage(warmup_steps=4)
+    assert [learning_rate(stage, step) for step in range(6)] == [0.025, 0.05, 0.1 * 3 / 4, 0.1, 0.1, 0.1]
+    assert learning_rate(_stage(), 0) == 0.1

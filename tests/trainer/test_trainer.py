@@ -1,4 +1,4 @@
-"""The loop with toy parts on two gloo ranks: phases, rows, skipped steps, and what stops it.
+"""The loop with toy parts on two gloo ranks: curriculum stages, rows, skipped steps, and what stops it.
 
 Kill and resume: tests/integration/test_resume.py.
 """
@@ -45,7 +45,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def test_phases_change_freeze_set_rate_and_data_counts_at_their_boundary(straight: str) -> None:
+def test_curriculum_stages_change_freeze_set_rate_and_data_counts_at_their_boundary(straight: str) -> None:
     folder = straight
     assert [(row["curriculum_stage"], row["step"]) for row in rows(folder, "stage")] == [("first", 0), ("second", 4)]
     rates = [row["train/lr"] for row in rows(folder, "train")]

@@ -122,9 +122,9 @@ class ToyLoader:
 
 
 def toy_config(folder: str, **trainer: Any) -> RunConfig:
-    """A config of two phases for the toy parts; the second unfreezes the double blocks."""
+    """A config of two curriculum stages for the toy parts; the second unfreezes the double blocks."""
     bucket = {"height_px": 64, "width_px": 64}
-    phase = {"num_latents": 1, "buckets": [bucket], "weights": {"clips": 1.0, "images": 1.0}, "micro_batch_slots": 3}
+    stage = {"num_latents": 1, "buckets": [bucket], "weights": {"clips": 1.0, "images": 1.0}, "micro_batch_slots": 3}
     settings = {"global_batch_slots": 12, "sync_group": 1, "held_out_slots": 12, "checkpoint_every_steps": 3, **trainer}
     return RunConfig.model_validate(
         {
@@ -135,8 +135,8 @@ def toy_config(folder: str, **trainer: Any) -> RunConfig:
             "precompute": {"cache": folder, "buckets": [bucket]},
             "model": {},
             "curriculum": [
-                {**phase, "name": "first", "num_steps": 4, "learning_rate": 0.05, "freeze": ["double_blocks"]},
-                {**phase, "name": "second", "num_steps": 6, "learning_rate": 0.02, "warmup_steps": 2},
+                {**stage, "name": "first", "num_steps": 4, "learning_rate": 0.05, "freeze": ["double_blocks"]},
+                {**stage, "name": "second", "num_steps": 6, "learning_rate": 0.02, "warmup_steps": 2},
             ],
             "trainer": settings,
             "launch": {"num_workers": 2},
