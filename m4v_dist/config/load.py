@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from m4v_dist.config.schema import RunConfig, validate
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.config.validate import validate
 from m4v_dist.errors import ConfigError
 
 
