@@ -4,6 +4,7 @@ A figure that the rows do not hold is None; nothing is guessed.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from m4v_dist.report.plots import Curve, Panel, running_mean
 from m4v_dist.report.run_folder import Metrics, Row
@@ -12,17 +13,41 @@ HELD_OUT = "validation/held_out_loss"
 SMOOTHING_STEPS = 20
 """Window of the running mean in the loss plot: a step has few slots, so the raw loss jumps."""
 
+
+@dataclass(frozen=True)
+class Use:
+    """What one entry of the ledger is called on the page.
+
+    Args:
+        name: a word or two.
+        meaning: what its seconds were spent on; empty for an entry that we have no word for.
+        role: its colour, a key of `plots.ROLES`.
+    """
+
+    name: str
+    meaning: str
+    role: str
+
+
 USES = {
-    "step_s": "steps",
-    "data_s": "waiting for data",
-    "validation_s": "held-out loss",
-    "checkpoint_s": "checkpoints",
-    "build_s": "building and loading the model",
-    "restart_s": "restart",
-    "lost_s": "lost work",
-    "other_s": "the rest",
+    "step_s": Use("steps", "forward, backward and optimizer of steps that stood", "first"),
+    "data_s": Use("waiting for data", "the loop waits for the loader", "third"),
+    "validation_s": Use("held-out loss", "measuring it", "second"),
+    "checkpoint_s": Use("checkpoints", "the loop stands still for a save", "fourth"),
+    "build_s": Use(
+        "building",
+        "the model and optimizer, and loading a checkpoint, at the start and at each curriculum stage",
+        "fifth",
+    ),
+    "restart_s": Use(
+        "restart",
+        "after an attempt broke off: noticing it, new workers, building and loading until the next step",
+        "muted",
+    ),
+    "lost_s": Use("lost work", "after the last checkpoint of an attempt that broke off; and skipped steps", "alarm"),
+    "other_s": Use("the rest", "writing metrics, asking whether to stop, closing down", "sixth"),
 }
-"""What the ledger's entries are called on the page, in the order shown."""
+"""The ledger's entries (their exact bounds: `Ledger` of trainer/metrics.py), in the order shown."""
 
 
 def held_out_points(metrics: Metrics) -> list[tuple[int, float]]:
@@ -50,12 +75,12 @@ def goodput(ledger: Row | None) -> float | None:
     return float(ledger["step_s"]) / total if ledger is not None and total > 0 else None
 
 
-def ledger_parts(ledger: Row | None) -> list[tuple[str, float]]:
-    """(use, seconds) of the ledger in words, steps that stood first; uses that we have no word for keep their key."""
+def ledger_parts(ledger: Row | None) -> list[tuple[Use, float]]:
+    """(use, seconds) of the ledger, steps that stood first; an entry that we have no word for keeps its key."""
     if ledger is None:
         return []
     keys = [*USES, *sorted(key for key in ledger if key.endswith("_s") and key not in USES)]
-    return [(USES.get(key, key), float(ledger[key])) for key in keys if key in ledger]
+    return [(USES.get(key, Use(key, "", "ink")), float(ledger[key])) for key in keys if key in ledger]
 
 
 def curriculum_stages(metrics: Metrics) -> list[str]:

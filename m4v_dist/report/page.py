@@ -77,7 +77,9 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "seen_svg": plots.horizontal_bars(list(seen.items()), "samples") if seen else None,
         "ledger": ledger,
         "ledger_total": sum(seconds for _, seconds in ledger),
-        "ledger_svg": plots.stacked_bar(ledger, "seconds") if ledger else None,
+        "ledger_svg": plots.stacked_bar([(use.role, seconds) for use, seconds in ledger], "seconds")
+        if ledger
+        else None,
         "commands": record.commands,
         "versions": versions(),
     }

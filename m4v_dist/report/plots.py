@@ -19,6 +19,8 @@ ROLES = {
     "third": "#060606",
     "alarm": "#070707",
     "fourth": "#080808",
+    "fifth": "#090909",
+    "sixth": "#0a0a0a",
 }
 """Placeholder colour of each role; the page's style sheet defines `--plot-<role>`."""
 
@@ -130,15 +132,16 @@ def _draw_legend(figure: Any, axes: Sequence[Any]) -> None:
 
 
 def stacked_bar(parts: Sequence[tuple[str, float]], unit: str, *, width_in: float = 10.0) -> str:
-    """Draw one horizontal bar of labelled parts; parts under 6 % of the whole are named in the legend alone."""
+    """Draw one horizontal bar of (role, value) parts, the share of those from 6 % on above them.
+
+    It has no legend: the page's table beside it names the parts and carries their colours.
+    """
     total = sum(value for _, value in parts)
     with _style():
-        figure, (axis,) = _subplots(1, width_in, 1.5, [1.0])
+        figure, (axis,) = _subplots(1, width_in, 1.15, [1.0])
         left = 0.0
-        palette = ("first", "third", "second", "fourth", "alarm", "muted")
-        for position, (label, value) in enumerate(parts):
-            role = palette[position % len(palette)]
-            axis.barh([0], [value], left=left, height=0.62, color=ROLES[role], label=label, alpha=0.9)
+        for role, value in parts:
+            axis.barh([0], [value], left=left, height=0.62, color=ROLES[role], alpha=0.9)
             if total and value / total >= 0.06:
                 axis.text(left + value / 2, 0.45, f"{100 * value / total:.0f} %", ha="center", va="bottom", fontsize=10)
             left += value
@@ -148,7 +151,6 @@ def stacked_bar(parts: Sequence[tuple[str, float]], unit: str, *, width_in: floa
         axis.grid(False)
         axis.spines["left"].set_visible(False)
         axis.set_xlabel(unit)
-        figure.legend(loc="outside lower left", ncols=len(parts), frameon=False)
         return _to_svg(figure)
 
 

@@ -54,7 +54,9 @@ def make_run_folder(run: Path) -> Path:
             "validation_s": 3.0,
             "restart_s": 12.0,
             "lost_s": 3.5,
-            "goodput": 0.66,
+            "build_s": 6.25,
+            "other_s": 1.75,
+            "goodput": 0.6,
         },
     )
     write(
@@ -65,6 +67,7 @@ def make_run_folder(run: Path) -> Path:
             "quarantined": [
                 {"key": "broken", "shard": "clips-000000.tar", "source": "clips", "error": "moov <atom> not found"}
             ],
+            "damaged_shards": [],
             "clips_per_s": 3.2,
             "num_clips": 68,
             "per_source": {"clips": {"kept": 30, "quarantined": 1, "too_short": 1}, "stills": {"kept": 36}},

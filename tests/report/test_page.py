@@ -2,15 +2,18 @@
 
 import base64
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from m4v_dist import storage
 from m4v_dist.errors import DataError
+from m4v_dist.report import figures
 from m4v_dist.report.fault import prove_redone_steps_equal
 from m4v_dist.report.page import render_page
 from m4v_dist.report.run_folder import read_metrics, read_run
+from m4v_dist.trainer.metrics import Ledger
 from tests.report.conftest import TINY_MP4, make_run_folder
 
 
@@ -31,7 +34,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_page_states_the_figures_that_matter(page: str) -> None:
     assert "1.800 → 0.583" in page
     assert "8 of 8" in page
-    assert "<b>67 %</b>" in page and "lost work" in page
+    assert "<b>60 %</b>" in page
     assert "1,200" in page and "660 stills" in page and "540 clips" in page
     assert "worker killed, 8 steps redone" in page
     assert "untrained → trained" in page
@@ -54,6 +57,56 @@ def test_codec_figures_stand_by_size_and_what_was_not_measured_is_said(page: str
 def test_quarantined_file_stands_with_its_error(page: str) -> None:
     assert ">broken</td>" in page and "66 of 68 records kept" in page
     assert "moov &lt;atom&gt; not found" in page
+
+
+def test_no_damaged_shard_is_said(page: str) -> None:
+    assert "Damaged shards: none." in page and "<th>damaged shard</th>" not in page
+
+
+def test_a_damaged_shard_stands_with_its_reason(run_folder: Path) -> None:
+    path = str(run_folder / "cache" / "report.json")
+    damage = {
+        "shard": "clips-000007.tar",
+        "source": "clips",
+        "error": "tar breaks off: <header>",
+        "num_clips_before": 41,
+    }
+    storage.write_json(path, {**storage.read_json(path), "damaged_shards": [damage]})
+    page = _render(run_folder)
+    row = next(line for line in page.splitlines() if "clips-000007.tar" in line)
+    assert "<td>clips</td>" in row and ">41</td>" in row and "tar breaks off: &lt;header&gt;" in row
+    assert "Damaged shards: none." not in page
+
+
+def _ledger_row(page: str, name: str) -> str:
+    """The words of the ledger's row of that name."""
+    row = re.search(rf"<tr><td><span [^>]*></span>{name}</td>(.*?)</tr>", page, flags=re.DOTALL)
+    assert row is not None, name
+    return " ".join(re.sub("<[^>]*>", " ", row[1]).split())
+
+
+def test_each_entry_of_the_ledger_stands_with_what_it_is_and_its_share(page: str) -> None:
+    assert set(figures.USES) == {field.name for field in fields(Ledger)}
+    seconds = {"step_s": 48.0, "data_s": 1.5, "checkpoint_s": 4.0, "validation_s": 3.0, "restart_s": 12.0}
+    seconds |= {"lost_s": 3.5, "build_s": 6.25, "other_s": 1.75}
+    for key, use in figures.USES.items():
+        shown = f"{use.meaning} {seconds[key]:.1f} {100 * seconds[key] / 80:.1f} %"
+        assert use.meaning and _ledger_row(page, use.name) == shown
+
+
+def test_each_entry_of_the_ledger_has_a_colour_of_its_own_that_the_page_defines(page: str) -> None:
+    roles = [use.role for use in figures.USES.values()]
+    assert len(set(roles)) == len(roles)
+    bar = next(svg for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL) if "seconds" in svg)
+    for role in roles:
+        assert f"background: var(--plot-{role})" in page and f"fill: var(--plot-{role})" in bar
+        assert f"--plot-{role}: " in page
+
+
+def test_an_entry_that_has_no_word_keeps_its_key(run_folder: Path) -> None:
+    path = str(run_folder / "ledger.json")
+    storage.write_json(path, {**storage.read_json(path), "warmup_s": 20.0})
+    assert _ledger_row(_render(run_folder), "warmup_s") == "20.0 20.0 %"
 
 
 def test_captions_are_escaped(page: str) -> None:
