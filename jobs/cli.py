@@ -5,6 +5,7 @@ Maps errors to exit codes (m4v_dist/errors.py), prints the reason as the last li
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,16 +43,12 @@ def main(
     Raises:
         BaseException: what is no JobError passes through, once `result.json` says so.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description)
-    parser.add_argument("--config", required=True, metavar="FILE", help="TOML of the run")
-    parser.add_argument("--dry-run", action="store_true", help="check and print the plan, touch nothing")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
-    # Intermixed, so that `a.b=1 --config FILE c.d=2` is taken too.
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parse_arguments(name, description, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     result = _ResultFile(name)
     try:
         config = load_config(arguments.config, arguments.overrides)
+        check_kept(config, os.getcwd())
         if preflight is not None:
             preflight(config)
         if not arguments.dry_run:
@@ -68,6 +65,32 @@ def main(
     logging.shutdown()
     print(f"{name}: {reason}", file=sys.stderr if exit_code else sys.stdout, flush=True)
     return exit_code
+
+
+def parse_arguments(
+    name: str, description: str, argv: Sequence[str] | None = None, default_config: str | None = None
+) -> argparse.Namespace:
+    """Parse a verb's command line into `config` (a path), `dry_run` and `overrides`.
+
+    Args:
+        name, description, argv: as for `main`.
+        default_config: taken where `--config` is left out; None requires it.
+
+    Raises:
+        SystemExit: `--help`, or what is no command line of a verb (exit code 2).
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description)
+    parser.add_argument(
+        "--config",
+        required=default_config is None,
+        default=default_config,
+        metavar="FILE",
+        help="TOML of the run" + (f" (default: {default_config})" if default_config else ""),
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and print the plan, touch nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    # Intermixed, so that `a.b=1 --config FILE c.d=2` is taken too.
+    return parser.parse_intermixed_args(argv)
 
 
 class _ResultFile:
@@ -88,6 +111,30 @@ class _ResultFile:
             seconds = round(time.time() - self._started, 1)
             result = {"verb": self._verb, "exit_code": exit_code, "reason": reason, "seconds": seconds}
             storage.write_json(self._path, result)
+
+
+_JOB_WORKING_DIR = "/runtime_resources/working_dir_files/"
+"""Part of the path of the working directory that Ray unpacks for a submitted job, and removes after it."""
+
+
+def check_kept(config: RunConfig, working_folder: str) -> None:
+    """Refuse to write beside the unpacked code of a submitted job, where Ray removes it and other nodes do not see it.
+
+    Args:
+        config: of the run.
+        working_folder: where this process stands.
+
+    Raises:
+        ConfigError: in a submitted job, run folder or cache is a relative path.
+    """
+    if _JOB_WORKING_DIR not in working_folder + "/":
+        return
+    for setting, path in (("run.folder", config.run.folder), ("precompute.cache", config.precompute.cache)):
+        if not storage.is_remote(path) and not os.path.isabs(path):
+            raise ConfigError(
+                f"{setting}={path} is relative, and a submitted job stands in a copy of the code that Ray removes when "
+                f"it ends ({working_folder}); give an absolute path that every node sees, by {setting}=/..."
+            )
 
 
 def check_writable(folder: str, setting: str = "run.folder") -> None:

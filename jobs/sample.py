@@ -45,18 +45,20 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     # That both sides divide down to the coarsest pyramid stage is the config's own check.
     stride = codec.spatial_stride
     grid = (config.sampling.height_px // stride, config.sampling.width_px // stride)
-    if dry_run:
-        return (
-            f"would sample {len(prompts)} videos of {config.sampling.num_latents} latents, {grid[0]} x {grid[1]} each"
-        )
     device = choose_device(config)
     path = choose_checkpoint(config)
     require_trained_settings(config, codec, path)
+    if dry_run:
+        return (
+            f"would sample {len(prompts)} videos of {config.sampling.num_latents} latents, {grid[0]} x {grid[1]} each, "
+            f"from {path}"
+        )
     # As in training: on a busy machine more threads than free cores wait for one another.
     torch.set_num_threads(config.trainer.num_threads)
     model = _load_model(config, path).to(device)
     *texts, null_text = build_text_encoder(config.text_encoder).encode([*prompts, ""])
     folder = storage.join(config.run.folder, "samples")
+    _remove_earlier(folder)
     entries: list[dict[str, Any]] = []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         started = time.monotonic()
@@ -75,6 +77,15 @@ def sample(config: RunConfig, dry_run: bool) -> str:
         )
     storage.write_json(storage.join(folder, "samples.json"), entries)
     return f"{len(entries)} videos from {entries[0]['checkpoint']} in {folder}"
+
+
+def _remove_earlier(folder: str) -> None:
+    """Remove the videos of an earlier call, which would be taken for this one's; other files stay."""
+    listed = storage.join(folder, "samples.json")
+    if storage.exists(listed):
+        for entry in storage.read_json(listed):
+            storage.remove(storage.join(folder, entry["file"]))
+        storage.remove(listed)
 
 
 def choose_checkpoint(config: RunConfig) -> str:

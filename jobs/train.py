@@ -15,6 +15,7 @@ import torch
 
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.loader import LatentLoader
+from data_pipeline.slot_plan import SlotPlanner
 from jobs import cli
 from m4v_dist import storage
 from m4v_dist.config.load import config_from_json, config_to_json
@@ -23,7 +24,8 @@ from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.launch.progress import TrainingProgress
-from m4v_dist.launch.ray_workers import ray_session, run_workers
+from m4v_dist.launch.ray_session import check_resources, ray_session
+from m4v_dist.launch.ray_workers import run_workers
 from m4v_dist.model.build import build_model, build_on_meta
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from m4v_dist.objective.history import choose_unit, num_segment_tokens
@@ -56,6 +58,7 @@ def train(config: RunConfig, dry_run: bool) -> str:
     step = check_run_folder(config)
     loader = check_data(config)
     if dry_run:
+        check_resources(config.launch)
         logger.info("plan\n%s", plan_table(config, loader, step))
         return "dry run: the plan above can be done; nothing was written"
     loader.close()
@@ -101,19 +104,22 @@ def newest_checkpoint(task: dict[str, Any]) -> str | None:
 
 def build_loader(config: RunConfig, cache: LatentCache, rank: int, world_size: int) -> LatentLoader:
     """The loader of one rank."""
-    return LatentLoader(
+    planner = SlotPlanner(
         cache,
         sources=config.sources,
         curriculum=config.curriculum,
         seed=config.run.seed,
-        global_batch_slots=config.trainer.global_batch_slots,
-        sync_group=config.trainer.sync_group,
+        num_slots=config.trainer.global_batch_slots,
+        group_size=config.trainer.sync_group,
         objective=config.objective,
-        rank=rank,
-        world_size=world_size,
         choose_unit=choose_unit,
         num_segment_tokens=num_segment_tokens,
         patch_size=config.model.patch_size,
+    )
+    return LatentLoader(
+        planner,
+        rank=rank,
+        world_size=world_size,
         prefetch_steps=config.trainer.prefetch_steps,
         held_out_slots=config.trainer.held_out_slots,
         max_bad_fraction=config.precompute.max_bad_fraction,

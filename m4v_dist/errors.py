@@ -23,6 +23,15 @@ class DataError(JobError):
     exit_code = 3
 
 
+class StoreError(JobError, OSError):
+    """The object store could not be asked: no credentials, no permission, no server.
+
+    Ends a job that meets it before its workers start; a worker that meets it later is restarted, as after any OSError.
+    """
+
+    exit_code = 3
+
+
 class OutOfMemoryJobError(JobError):
     """A device or the host ran out of memory."""
 

@@ -19,6 +19,8 @@ from safetensors.torch import load as _load_tensor_bytes
 from safetensors.torch import save as _save_tensor_bytes
 from torch import Tensor
 
+from m4v_dist.errors import StoreError
+
 
 def is_remote(path: str) -> bool:
     """Whether `path` names an object store."""
@@ -40,17 +42,24 @@ def _s3() -> Any:
 
 @contextmanager
 def _remote(path: str) -> Iterator[Any]:
-    """The object store's file system; what fails inside is an OSError that names the path, as on a local disk.
+    """The object store's file system; what it answers is an OSError, as on a local disk.
 
-    s3fs turns what a server answers into OSErrors, but not what stops a request before it is sent: no credentials, no
-    region, no server.
+    s3fs turns answers into OSErrors, but not what stops a request before it is sent: no credentials, no region, no
+    server.
+
+    Raises:
+        StoreError: it cannot be asked, or refuses these credentials.
     """
     from botocore.exceptions import BotoCoreError
 
     try:
         yield _s3()
-    except BotoCoreError as error:
-        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+    except (BotoCoreError, PermissionError) as error:
+        raise StoreError(
+            f"{path}: {type(error).__name__}: {error}. The store takes credentials and endpoint from the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; AWS_ENDPOINT_URL where it is not AWS) or "
+            "from the machine's role; every node needs them."
+        ) from error
 
 
 def exists(path: str) -> bool:

@@ -161,7 +161,8 @@ class ModelSettings(Settings):
     def _fill_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        preset = MODEL_PRESETS.get(values.get("preset", "tiny"))
+        # As text, since what the file gives may be a list, which no dict can look up.
+        preset = MODEL_PRESETS.get(str(values.get("preset", "tiny")))
         if preset is None:
             return values
         merged = {**preset, **values}
@@ -285,6 +286,9 @@ class LaunchSettings(Settings):
         default=3,
         ge=-1,
         description="Restarts after a loss; -1 is no limit, but three in a row without a new checkpoint end the run.",
+    )
+    wait_for_nodes: bool = Field(
+        default=False, description="The cluster grows: wait for nodes that hold the workers; else that is exit 2."
     )
     address: str | None = Field(
         default=None, description="Ray address; None joins a running job's cluster or starts one."

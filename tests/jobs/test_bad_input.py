@@ -11,8 +11,9 @@ import pytest
 from data_pipeline.pack import RawClip, write_shards
 from jobs import cli
 from jobs.precompute_latents import precompute_latents
+from m4v_dist.config.schema import LaunchSettings
 from m4v_dist.frozen.video_file import encode_mp4
-from m4v_dist.launch.ray_workers import stop_ray
+from m4v_dist.launch.ray_session import ray_session
 from tests.data_pipeline.made_cache import moving_blocks
 
 TOML = """
@@ -104,6 +105,9 @@ CASES_ON_RAY = [
     Case("damaged shard", "precompute_latents", cut_a_shard, (), 3, "1 of 2 shards are damaged (50.0%)"),
     Case("actor that fits no node", "precompute_latents", nothing, ("precompute.cpus_per_actor=4096",), 2,
          "ConfigError: an actor wants 4096 CPU"),
+    # more than any machine has, so that a test host with GPUs refuses it too
+    Case("actor without its GPU", "precompute_latents", nothing, ("precompute.gpus_per_actor=64",), 2,
+         "gpus_per_actor=0 encodes on CPUs"),
 ]  # fmt: skip
 
 
@@ -118,9 +122,9 @@ def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """The jobs start Ray and join it; it ends with the last of them."""
-    yield
-    stop_ray()
+    """A Ray that the jobs join; each would else start one of its own."""
+    with ray_session(LaunchSettings(), has_workers=False):
+        yield
 
 
 def check(case: Case, good_run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from jobs.train import train
 from m4v_dist import storage
 from m4v_dist.config.schema import LaunchSettings
 from m4v_dist.frozen.video_file import read_video
-from m4v_dist.launch.ray_workers import start_ray, stop_ray
+from m4v_dist.launch.ray_session import start_ray, stop_ray
 from tests.jobs.tiny_run import FRAMES, write_tiny_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -2,12 +2,16 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs import cli
+from jobs.precompute_latents import precompute_latents
+from jobs.train import train
 from m4v_dist import storage
+from m4v_dist.config.load import load_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
 
@@ -132,16 +136,48 @@ def test_overrides_may_stand_on_both_sides_of_the_options(tmp_path: Path) -> Non
     assert _result(tmp_path)["reason"] == "other 3"
 
 
-def test_an_object_store_without_credentials_is_exit_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     storage._s3().clear_instance_cache()
-    try:
-        assert cli.main("verb", _done, "x", ["--config", _config(tmp_path, "s3://bucket/run")]) == 2
-    finally:
-        storage._s3().clear_instance_cache()
+    yield
+    storage._s3().clear_instance_cache()
+
+
+@pytest.mark.parametrize("verb", [precompute_latents, train])
+def test_a_cache_in_a_store_without_credentials_is_exit_3_with_where_they_come_from(
+    verb: cli.Verb, no_credentials: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tmp_path, str(tmp_path / "run"))
+    assert cli.main("verb", verb, "x", ["--config", config, "precompute.cache=s3://bucket/cache", "--dry-run"]) == 3
+    shown = capfd.readouterr().err.splitlines()[-1]
+    assert shown.startswith("verb: StoreError: s3://bucket/cache") and "AWS_ACCESS_KEY_ID" in shown
+
+
+def test_a_relative_path_is_refused_where_a_submitted_job_s_code_stands(tmp_path: Path) -> None:
+    unpacked = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef"
+    config = load_config(_config(tmp_path, "/shared/run"))
+    with pytest.raises(ConfigError, match=r"precompute.cache=c is relative.*by precompute.cache=/"):
+        cli.check_kept(config, unpacked)
+    cli.check_kept(config, str(tmp_path))
+    kept = load_config(_config(tmp_path, "/shared/run"), ["precompute.cache=s3://bucket/c"])
+    cli.check_kept(kept, unpacked)
+
+
+def test_a_config_is_required_where_a_verb_has_none_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse_arguments("verb", "x", ["run.seed=3"])
+    assert "--config" in capfd.readouterr().err
+    assert cli.parse_arguments("verb", "x", ["run.seed=3"], default_config="own.toml").config == "own.toml"
+    given = cli.parse_arguments("verb", "x", ["--config", "other.toml"], default_config="own.toml")
+    assert given.config == "other.toml"
+
+
+def test_an_object_store_without_credentials_is_exit_2(
+    no_credentials: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main("verb", _done, "x", ["--config", _config(tmp_path, "s3://bucket/run")]) == 2
     assert "s3://bucket/run cannot be written" in (shown := capfd.readouterr().err) and "credentials" in shown

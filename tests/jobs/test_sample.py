@@ -1,6 +1,7 @@
 """Sampling from a run folder: the averaged weights of a committed checkpoint, and no other."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -194,6 +195,20 @@ def test_no_prompts_is_exit_2(tmp_path: Path) -> None:
         sample(_config(str(tmp_path), prompts=[]), False)
 
 
-def test_a_dry_run_needs_no_checkpoint_and_writes_nothing(tmp_path: Path) -> None:
-    assert "2 videos" in sample(_config(str(tmp_path)), True)
+def test_a_dry_run_names_the_checkpoint_and_writes_nothing(run: str) -> None:
+    before = sorted(Path(run).rglob("*"))
+    assert re.search("2 videos .* from .*step_00000005", sample(_config(run), True))
+    assert sorted(Path(run).rglob("*")) == before
+
+
+def test_a_dry_run_without_a_checkpoint_is_exit_3_like_the_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no committed checkpoint"):
+        sample(_config(str(tmp_path)), True)
     assert not list(tmp_path.iterdir())
+
+
+def test_videos_of_an_earlier_call_go_and_other_files_stay(run: str) -> None:
+    sample(_config(run), False)
+    Path(run, "samples", "mine.txt").write_text("kept")
+    sample(_config(run, prompts=["a plane"]), False)
+    assert sorted(storage.list_folder(f"{run}/samples")) == ["00.mp4", "mine.txt", "samples.json"]

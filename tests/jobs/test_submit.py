@@ -148,6 +148,15 @@ def test_a_job_with_a_typo_gives_1_and_carries_code_and_reason(head: Head, tmp_p
     assert "did you mean trainer.zero_stage?" in head.job("logs", "typo").stdout
 
 
+def test_a_job_that_would_write_into_its_own_copy_of_the_code_is_exit_2(head: Head, tmp_path: Path) -> None:
+    """That copy is gone after the job, and what was trained with it."""
+    config = write_tiny_run(tmp_path, num_training_clips=1)
+    assert _submit(head, "relative", "train", config, "run.folder=runs/mine").returncode == 1
+    info = _job_info(head, "relative")
+    assert info["status"] == "FAILED" and info["driver_exit_code"] == 2
+    assert "run.folder=runs/mine is relative" in str(info["message"])
+
+
 def _job_info(head: Head, submission_id: str) -> dict[str, object]:
     token = Path(head.env["RAY_AUTH_TOKEN_PATH"]).read_text()
     request = urllib.request.Request(

@@ -60,6 +60,14 @@ def test_a_dry_run_shows_steps_slots_tokens_and_parameters(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_asks_whether_the_workers_fit(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    values = small_values(str(tmp_path / "run"), cache)
+    values["launch"] = {**values.get("launch", {}), "cpus_per_worker": 4096.0}
+    with pytest.raises(ConfigError, match="cpus_per_worker=4096"):
+        train(parse_config(values, where="test"), True)
+
+
 def test_a_cache_of_another_codec_is_refused_by_field(cache: str, tmp_path: Path) -> None:
     other = str(shutil.copytree(cache, tmp_path / "cache"))
     manifest = storage.read_json(f"{other}/manifest.json")

@@ -1,14 +1,10 @@
-"""What ends a run and what restarts it, and what a machine cannot hold: without Ray."""
-
-import os
+"""What ends a run and what restarts it."""
 
 import pytest
 import torch
 
-from m4v_dist.config.schema import LaunchSettings
-from m4v_dist.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryJobError
-from m4v_dist.launch import ray_workers
-from m4v_dist.launch.ray_workers import MAX_FRUITLESS_RESTARTS, Verdict, as_job_error, ray_session, require_resources
+from m4v_dist.errors import DataError, NonFiniteError, OutOfMemoryJobError, StoreError
+from m4v_dist.launch.verdict import MAX_FRUITLESS_RESTARTS, Verdict, as_job_error
 
 
 def test_a_restart_counts_as_fruitless_only_if_nothing_was_committed_since_the_one_before() -> None:
@@ -41,26 +37,5 @@ def test_a_job_error_stays_itself() -> None:
     assert as_job_error(error, 0) is error
 
 
-def test_what_a_machine_cannot_hold_is_refused_with_the_way_out() -> None:
-    gpu = LaunchSettings(num_workers=2, use_gpu=True)
-    with pytest.raises(ConfigError, match=r"needs 2 GPUs.*there are 1.*num_workers=1"):
-        require_resources(gpu, num_gpus=1, num_cpus=8)
-    require_resources(gpu, num_gpus=2, num_cpus=8)
-    with pytest.raises(ConfigError, match=r"cpus_per_worker=9.*8 CPUs"):
-        require_resources(LaunchSettings(cpus_per_worker=9), num_gpus=0, num_cpus=8)
-    # workers may outnumber CPUs: they take turns
-    require_resources(LaunchSettings(num_workers=20), num_gpus=0, num_cpus=8)
-
-
-def test_a_gpu_that_is_not_there_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: LaunchSettings) -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr(ray_workers, "start_ray", refuse)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ConfigError, match="launch.use_gpu=true"), ray_session(LaunchSettings(use_gpu=True)):
-        pass
-    cpus = (os.cpu_count() or 1) + 1
-    with pytest.raises(ConfigError, match="cpus_per_worker"), ray_session(LaunchSettings(cpus_per_worker=cpus)):
-        pass
+def test_a_store_that_cannot_be_asked_may_come_back_so_its_error_restarts() -> None:
+    assert as_job_error(StoreError("s3://bucket/x: no server"), 0) is None

@@ -1,0 +1,124 @@
+"""What the workers of a run told before they died, and whether that ends the run or restarts it; knows no Ray.
+
+- A `JobError` (wrong config, unusable data, no memory, asked to stop) would fail again in the same way, so it ends the
+  run at once. A `StoreError` may pass: it is restarted.
+- Any other error is taken for the world's and restarted, also if it is a plain bug: so restarts that bring nothing new
+  are counted, and MAX_FRUITLESS_RESTARTS in a row end the run, whatever `launch.max_failures` says.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from m4v_dist.errors import JobError, OutOfMemoryJobError, StoreError
+
+logger = logging.getLogger(__name__)
+
+MAX_FRUITLESS_RESTARTS = 3
+"""Restarts in a row without progress that are made; the next one would meet the same fault again."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What one rank reported before it died.
+
+    Args:
+        attempt: worker group, from 1.
+        rank: the rank.
+        where: host and process.
+        summary: error type and message.
+        lines: the traceback's text.
+        error: the error itself if it must end the run as it is, else None.
+    """
+
+    attempt: int
+    rank: int
+    where: str
+    summary: str
+    lines: str
+    error: JobError | None
+
+    def __str__(self) -> str:
+        return f"attempt {self.attempt}, rank {self.rank} ({self.where}): {self.summary}"
+
+
+class Verdict:
+    """A Ray actor beside the workers: collects their errors, and carries the wish to stop to them."""
+
+    def __init__(self, max_fruitless_restarts: int = MAX_FRUITLESS_RESTARTS) -> None:
+        self._max_fruitless = max_fruitless_restarts
+        self._attempt = 0
+        self._progress: Any = None
+        self._fruitless = 0
+        self._failures: list[Failure] = []
+        self._should_stop = False
+
+    def begin(self, progress: Any) -> int | None:
+        """A worker group starts: its number, from 1; None if the run has ended and nothing is to be done.
+
+        Args:
+            progress: equal to the last attempt's if nothing was committed since.
+        """
+        is_fruitless = self._attempt > 0 and progress == self._progress
+        self._fruitless = self._fruitless + 1 if is_fruitless else 0
+        self._progress = progress
+        self._attempt += 1
+        return None if self.fatal() is not None or self.has_given_up() else self._attempt
+
+    def has_given_up(self) -> bool:
+        """Whether one restart more than allowed began where the one before it did."""
+        return self._fruitless > self._max_fruitless
+
+    def record(self, attempt: int, rank: int, where: str, summary: str, lines: str, error: JobError | None) -> None:
+        """Note a failure, in the order of arrival."""
+        self._failures.append(Failure(attempt, rank, where, summary, lines, error))
+
+    def fatal(self) -> JobError | None:
+        """The first error that must end the run."""
+        return next((failure.error for failure in self._failures if failure.error is not None), None)
+
+    def failures(self) -> list[Failure]:
+        """All that was noted."""
+        return self._failures
+
+    def stop(self) -> None:
+        """Ask the function to save and end."""
+        self._should_stop = True
+
+    def should_stop(self) -> bool:
+        """Whether the driver asked to stop."""
+        return self._should_stop
+
+
+def as_job_error(error: BaseException, rank: int) -> JobError | None:
+    """The error as one that ends the run at once, or None if a restart may help.
+
+    Args:
+        error: raised by the function.
+        rank: where, for the message.
+    """
+    import torch
+
+    if isinstance(error, JobError) and not isinstance(error, StoreError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return OutOfMemoryJobError(
+            f"rank {rank} ran out of memory: {error}. Lower curriculum.*.micro_batch_slots, set model.recompute=true, "
+            "raise trainer.zero_stage, or take more workers."
+        )
+    return None
+
+
+def no_progress(failures: list[Failure], num_restarts: int) -> str:
+    """Say that restarts were in vain, with the last attempt's first error."""
+    cause = "none of them told an error (killed, or their nodes were lost)"
+    if failures:
+        last = next(failure for failure in failures if failure.attempt == failures[-1].attempt)
+        logger.error("traceback of %s\n%s", last, last.lines)
+        cause = str(last)
+    return (
+        f"{num_restarts} restarts in a row brought no new checkpoint, so one more would fail in the same way "
+        f"(launch.max_failures does not count here); first error of the last attempt: {cause}. Mend it and submit the "
+        "same command again; if workers are lost sooner than a checkpoint is due, lower "
+        "trainer.checkpoint_every_steps."
+    )
