@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data_pipeline.decode import DecodeError, DecoderPool, DecodeRule
-from data_pipeline.latent_cache import LatentCache
+from data_pipeline.latent_cache import CorruptRecordError, LatentCache
 from data_pipeline.manifest import IndexRow
 from data_pipeline.pack import RawClip, read_shard
 from m4v_dist.errors import DataError
@@ -71,7 +71,7 @@ def compare_source(
     """Compare every cached record of a source with its raw clip, in the order of the shards.
 
     Raises:
-        DataError: a cached record is not in the shards, or its clip cannot be decoded any more.
+        DataError: a cached record is damaged or not in the shards, or its clip cannot be decoded any more.
     """
     wanted: Mapping[str, IndexRow] = {row.key: row for row in cache.rows(source)}
     found: set[str] = set()
@@ -87,7 +87,11 @@ def compare_source(
                 except DecodeError as error:
                     raise DataError(f"{shard}: {raw.key} is in the cache but cannot be decoded: {error}.") from error
                 found.add(raw.key)
-                yield compare(row, clip.frames, cache.read(row).latents, codec)
+                try:
+                    latents = cache.read(row).latents
+                except CorruptRecordError as error:
+                    raise DataError(f"cached record {error}; {cache.how_to_redo([error.shard])}.") from error
+                yield compare(row, clip.frames, latents, codec)
     missing = sorted(wanted.keys() - found)
     if missing:
         raise DataError(f"{source}: {len(missing)} cached records are not in its shards: {', '.join(missing[:5])}.")

@@ -13,7 +13,7 @@ import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
@@ -34,7 +34,15 @@ _LATENTS, _TEXT, _JSON = "latents.safetensors", "text.safetensors", "json"
 
 
 class CorruptRecordError(Exception):
-    """A record's bytes are not those that were written; the message names key, shard and reason."""
+    """A record's bytes are not those that were written; the message names key, shard and reason.
+
+    Attributes:
+        shard: name of the cache's tar that holds it.
+    """
+
+    def __init__(self, row: IndexRow, reason: str) -> None:
+        super().__init__(f"{row.source}/{row.key} in {row.shard}: {reason}")
+        self.shard = row.shard
 
 
 @dataclass(frozen=True)
@@ -204,16 +212,22 @@ class LatentCache:
             digest.update(f"{row.key}\t{row.checksum}\n".encode())
         return digest.hexdigest()
 
+    def how_to_redo(self, shards: Iterable[str]) -> str:
+        """The way out of damaged records: what makes the precompute do these shards of the cache anew."""
+        fragments = sorted({index_path(self.path, shard) for shard in shards})
+        return f"remove {', '.join(fragments[:5])}, and run jobs.precompute_latents again"
+
     def read(self, row: IndexRow) -> CacheRecord:
         """Read one record by a ranged read and check it.
 
         Raises:
             CorruptRecordError: missing, cut short, or another checksum.
+            OSError: the storage failed: the record may be whole.
         """
         try:
             data = storage.read_bytes(shard_path(self.path, row.shard), row.offset_bytes, row.size_bytes)
         except (EOFError, FileNotFoundError) as error:
-            raise CorruptRecordError(f"{row.source}/{row.key} in {row.shard}: {error}") from error
+            raise CorruptRecordError(row, str(error)) from error
         return _parse_record(_require_checksum(data, row), row)
 
 
@@ -289,7 +303,7 @@ def _require_checksum(data: bytes, row: IndexRow) -> bytes:
     digest = _new_digest()
     digest.update(data)
     if digest.hexdigest() != row.checksum:
-        raise CorruptRecordError(f"{row.source}/{row.key} in {row.shard}: checksum differs from the index")
+        raise CorruptRecordError(row, "checksum differs from the index")
     return data
 
 
@@ -302,7 +316,7 @@ def _parse_record(data: bytes, row: IndexRow) -> CacheRecord:
             latents = storage.tensors_from_bytes(latents_file.read())["latents"]
             return CacheRecord(latents, _text_from_bytes(text_file.read()))
     except (tarfile.TarError, KeyError) as error:
-        raise CorruptRecordError(f"{row.source}/{row.key} in {row.shard}: {type(error).__name__}: {error}") from error
+        raise CorruptRecordError(row, f"{type(error).__name__}: {error}") from error
 
 
 def _text_to_bytes(text: TextFeatures) -> bytes:

@@ -13,15 +13,14 @@ Legend: `c` channels, `t` latents in time, `h` `w` latent grid.
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from data_pipeline.latent_cache import CacheRecord, CorruptRecordError, LatentCache, index_path
+from data_pipeline.latent_cache import CacheRecord, CorruptRecordError
 from data_pipeline.mixture import Cursor, pack_slots
-from data_pipeline.slot_plan import ChooseUnit, LoaderState, NumSegmentTokens, SlotPlanner, StagePlan
+from data_pipeline.slot_plan import LoaderState, SlotPlanner, StagePlan
 from m4v_dist.batch import LatentBatch, Slot
-from m4v_dist.config.schema import CurriculumStageSettings, ObjectiveSettings, SourceSettings
 from m4v_dist.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -44,16 +43,8 @@ class LatentLoader:
     Constructing reads nothing. `enter` a curriculum stage, then iterate `steps`.
 
     Args:
-        cache: opened with the run's fingerprint.
-        sources: of the run; those with split "held_out" feed `held_out` only.
-        curriculum: of the run.
-        seed: of the run.
-        global_batch_slots: S.
-        sync_group: G, divides S.
-        objective: pyramid stages and the columns that slots and groups take in turn.
+        planner: of the run, equal on all ranks; its cache is read.
         rank, world_size: this process among the data-parallel ranks.
-        choose_unit, num_segment_tokens: see their types; passed in, because the data pipeline knows no objective.
-        patch_size: side of a token in latents.
         prefetch_steps: steps read ahead by a thread; 0 reads in the caller.
         held_out_slots: H, a multiple of world_size; 0 for none.
         max_bad_fraction: slots of this rank whose record was damaged over all slots that this rank read; past it, and
@@ -62,33 +53,17 @@ class LatentLoader:
 
     def __init__(
         self,
-        cache: LatentCache,
+        planner: SlotPlanner,
         *,
-        sources: Sequence[SourceSettings],
-        curriculum: Sequence[CurriculumStageSettings],
-        seed: int,
-        global_batch_slots: int,
-        sync_group: int,
-        objective: ObjectiveSettings,
         rank: int,
         world_size: int,
-        choose_unit: ChooseUnit,
-        num_segment_tokens: NumSegmentTokens,
-        patch_size: int = 2,
         prefetch_steps: int = 2,
         held_out_slots: int = 0,
         max_bad_fraction: float = 0.01,
     ) -> None:
-        self._cache = cache
-        self._planner = SlotPlanner(
-            cache, sources=sources, curriculum=curriculum, seed=seed, num_slots=global_batch_slots,
-            group_size=sync_group, objective=objective, choose_unit=choose_unit,
-            num_segment_tokens=num_segment_tokens, patch_size=patch_size,
-        )  # fmt: skip
-        self._identity = {"seed": seed, "global_batch_slots": global_batch_slots, "sync_group": sync_group}
-        self._index = {source.name: cache.digest(source.name) for source in sources}
-        self._num_slots = global_batch_slots
-        self._held_out_micro_slots = curriculum[-1].micro_batch_slots
+        self._planner = planner
+        self._cache = planner.cache
+        self._digests = planner.digests()
         self._rank = rank
         self._world_size = world_size
         self._prefetch_steps = prefetch_steps
@@ -121,8 +96,8 @@ class LatentLoader:
     def state_dict(self) -> dict[str, Any]:
         """State after the last step handed out, as JSON values; the same on every rank."""
         return {
-            **self._identity,
-            "index": dict(sorted(self._index.items())),
+            **self._planner.identity,
+            "index": self._digests,
             "next_step": self._state.next_step,
             "cursors": {name: asdict(cursor) for name, cursor in sorted(self._state.cursors.items())},
             "samples_seen": dict(sorted(self._state.samples_seen.items())),
@@ -134,10 +109,12 @@ class LatentLoader:
 
         Raises:
             ConfigError: it belongs to another seed, batch or sync group, so the order of the data would change.
-            DataError: the cache now holds other records of a source, so the cursors would point elsewhere.
+            DataError: a field of it is missing; or the cache now holds other records of a source, so the cursors would
+                point elsewhere.
         """
         self.close()
-        for name, value in self._identity.items():
+        _require_fields(state, self.state_dict())
+        for name, value in self._planner.identity.items():
             if state[name] != value:
                 raise ConfigError(
                     f"loader: the checkpoint was made with {name}={state[name]}, the run has {value}; that would "
@@ -152,7 +129,7 @@ class LatentLoader:
         )
 
     def _require_same_records(self, index: Mapping[str, str]) -> None:
-        differing = [name for name in sorted(index) if self._index.get(name) != index[name]]
+        differing = [name for name in sorted(index) if self._digests.get(name) != index[name]]
         if differing:
             raise DataError(
                 f"loader: the checkpoint was made with other records of {', '.join(differing)} than {self._cache.path} "
@@ -210,7 +187,7 @@ class LatentLoader:
         if not self._held_out_slots:
             return ()
         mine = self._planner.held_out(self._held_out_slots)[self._rank :: self._world_size]
-        size = self._held_out_micro_slots
+        size = self._planner.held_out_micro_batch_slots
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
         try:
             return tuple(
@@ -221,7 +198,7 @@ class LatentLoader:
             )
         except CorruptRecordError as error:
             raise DataError(
-                f"held-out record {error}; held-out slots are fixed: precompute its shard again."
+                f"held-out record {error}; held-out slots are fixed: {self._cache.how_to_redo([error.shard])}."
             ) from error
 
     # ---- reading
@@ -233,13 +210,13 @@ class LatentLoader:
             state = after
 
     def _read_step(self, stage: StagePlan, step: int, slots: list[Slot]) -> StepBatch:
-        num_micro = self._num_slots // self._world_size // stage.settings.micro_batch_slots
+        num_micro = self._planner.num_slots // self._world_size // stage.settings.micro_batch_slots
         bins = pack_slots([slot.num_tokens for slot in slots], self._world_size * num_micro)
         mine = bins[self._rank * num_micro : (self._rank + 1) * num_micro]
         # members of a sync group on this rank share one read
         read: dict[tuple[str, int], CacheRecord] = {}
         batches = [
-            self._batch([self._read_slot(stage, slots[index], read) for index in members], self._num_slots)
+            self._batch([self._read_slot(stage, slots[index], read) for index in members], self._planner.num_slots)
             for members in mine
         ]
         return StepBatch(step, tuple(batches))
@@ -278,12 +255,8 @@ class LatentLoader:
                 f"loader: rank {self._rank} met {len(self._bad)} damaged records in {self._num_slots_replaced} of the "
                 f"{self._num_slots_read} slots that it read, more than "
                 f"precompute.max_bad_fraction={self._max_bad_fraction:g}: {sorted(self.bad_records)[:5]}; "
-                f"remove {', '.join(self._bad_fragments()[:5])}, and run jobs.precompute_latents again."
+                f"{self._cache.how_to_redo(self._cache.rows(source)[record].shard for source, record in self._bad)}."
             )
-
-    def _bad_fragments(self) -> list[str]:
-        shards = {self._cache.rows(source)[record].shard for source, record in self._bad}
-        return [index_path(self._cache.path, shard) for shard in sorted(shards)]
 
     def _batch(self, items: list[tuple[Slot, CacheRecord]], num_slots: int) -> LatentBatch:
         return LatentBatch(
@@ -294,6 +267,26 @@ class LatentLoader:
             null_text=self._cache.null_text,
             weights=(1.0,) * len(items),
             global_num_slots=num_slots,
+        )
+
+
+def _require_fields(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Check that a state has every field of `wanted`, and each cursor its own.
+
+    A cursor that lost a field would else start at that field's default and repeat records.
+
+    Raises:
+        DataError: naming the missing ones.
+    """
+    missing = sorted(wanted.keys() - state.keys())
+    cursor_fields = {field.name for field in fields(Cursor)}
+    for walk, cursor in sorted(state.get("cursors", {}).items()):
+        missing += [f"cursors.{walk}.{name}" for name in sorted(cursor_fields - cursor.keys())]
+    if missing:
+        raise DataError(
+            f"loader: the checkpoint's loader state has no {', '.join(missing)}; it is damaged, or another version of "
+            "the code wrote it. Remove that checkpoint, so that the run goes on from the one before it, go on with the "
+            "version that wrote it, or start a new run folder."
         )
 
 

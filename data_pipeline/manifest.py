@@ -6,6 +6,8 @@ in its schema metadata the fingerprint of the input and settings, and what was f
 
 import io
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -67,7 +69,7 @@ def list_shards(pattern: str) -> list[str]:
 
     Raises:
         ConfigError: braces that do not balance.
-        DataError: a shard that is missing, by name, or one that stands twice.
+        DataError: a shard that is missing, by name, with the local folder if that is missing; or one that stands twice.
     """
     try:
         paths = list(braceexpand(pattern))
@@ -78,20 +80,33 @@ def list_shards(pattern: str) -> list[str]:
     present: dict[str, set[str]] = {}
     missing = []
     for path in paths:
-        folder, _, name = path.rpartition("/")
+        folder, name = os.path.dirname(path) or ".", os.path.basename(path)
         if folder not in present:
-            present[folder] = set(storage.list_folder(folder or "."))
+            present[folder] = set(storage.list_folder(folder))
         if name not in present[folder]:
             missing.append(path)
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise DataError(
             f"{len(missing)} of {len(paths)} shards of {pattern!r} are missing: {shown}; "
-            "correct sources.shards, or bring the files back."
+            f"{_missing_folders(present) or 'correct sources.shards, or bring the files back'}."
         )
     if len(set(paths)) != len(paths):
         raise DataError(f"{pattern!r} names a shard twice; each shard may stand once.")
     return paths
+
+
+def _missing_folders(folders: Iterable[str]) -> str:
+    """Which local folders of shards are not there at all, and the ways out; empty if all are."""
+    gone = [
+        os.path.abspath(folder) for folder in folders if not storage.is_remote(folder) and not os.path.isdir(folder)
+    ]
+    if not gone:
+        return ""
+    return (
+        f"there is no folder {', '.join(sorted(gone))}; correct sources.shards, or pack shards there first "
+        "(data_pipeline/README.md; `make demo` packs those of the demo)"
+    )
 
 
 def write_index(path: str, rows: list[IndexRow], notes: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -53,14 +54,16 @@ class PrecomputeResult:
 
 
 def run_precompute(
-    plan: PrecomputePlan, start_workers: Callable[[], object], run_shards: RunShards | None = None
+    plan: PrecomputePlan,
+    ray_session: Callable[[], AbstractContextManager[object]],
+    run_shards: RunShards | None = None,
 ) -> PrecomputeResult:
     """Bring the cache to what the plan asks for.
 
     Args:
         plan: what to do.
-        start_workers: starts or joins Ray; called once all that can be checked without it is checked, and only if
-            there is work.
+        ray_session: starts or joins Ray, and leaves it as it was; entered once all that can be checked without it is
+            checked, and only if there is work.
         run_shards: does the work; None takes `run_on_ray`.
 
     Raises:
@@ -88,8 +91,8 @@ def run_precompute(
     _remove_leftovers(cache)
     done_now: dict[str, ShardOutcome] = {}
     if pending:
-        start_workers()
-        done_now = (run_shards or run_on_ray)(plan, pending)
+        with ray_session():
+            done_now = (run_shards or run_on_ray)(plan, pending)
         storage.remove(storage.join(cache, ATTEMPTS))
     report = write_report(cache, {**committed, **done_now}, done_now, time.monotonic() - started)
     _require_enough(plan, report)
@@ -159,7 +162,8 @@ def require_room_for_an_actor(settings: PrecomputeSettings, nodes: Sequence[Mapp
         f"{largest['GPU']:g} GPU on one)"
     )
     if not settings.wait_for_nodes:
-        raise ConfigError(f"{message}; lower them, or set precompute.wait_for_nodes=true if the cluster grows.")
+        on_cpu = " (gpus_per_actor=0 encodes on CPUs)" if wanted["GPU"] > largest["GPU"] else ""
+        raise ConfigError(f"{message}; lower them{on_cpu}, or set precompute.wait_for_nodes=true if the cluster grows.")
     logger.warning("%s; waiting for it to grow", message)
 
 

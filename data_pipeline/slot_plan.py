@@ -4,10 +4,12 @@ Every rank makes the whole plan. It follows from (seed, step, slot) and the curs
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data_pipeline.latent_cache import LatentCache
+from data_pipeline.manifest import IndexRow
 from data_pipeline.mixture import Cursor, Mixture, Pick, Walk
 from m4v_dist.batch import Slot, derive_seed
 from m4v_dist.config.schema import BucketSettings, CurriculumStageSettings, ObjectiveSettings, SourceSettings
@@ -55,7 +57,7 @@ class SlotPlanner:
     """Plans slots over an open cache.
 
     Args:
-        cache: whose rows are planned.
+        cache: whose rows are planned, opened with the run's fingerprint.
         sources: of the run; those with split "held_out" feed the held-out slots only.
         curriculum: of the run.
         seed: of the run.
@@ -64,6 +66,10 @@ class SlotPlanner:
         objective: pyramid stages and the columns that slots and groups take in turn.
         choose_unit, num_segment_tokens: see their types; passed in, because the data pipeline knows no objective.
         patch_size: side of a token in latents.
+
+    Attributes:
+        cache: as given.
+        num_slots: as given.
     """
 
     def __init__(
@@ -80,16 +86,30 @@ class SlotPlanner:
         num_segment_tokens: NumSegmentTokens,
         patch_size: int,
     ) -> None:
-        self._cache = cache
+        self.cache = cache
+        self.num_slots = num_slots
         self._sources = {source.name: source for source in sources}
         self._curriculum = tuple(curriculum)
         self._seed = seed
-        self._num_slots = num_slots
         self._group_size = group_size
         self._objective = objective
         self._choose_unit = choose_unit
         self._num_segment_tokens = num_segment_tokens
         self._patch_size = patch_size
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What decides the order of the data beside the records, the cursors and the curriculum, by its setting."""
+        return {"seed": self._seed, "global_batch_slots": self.num_slots, "sync_group": self._group_size}
+
+    @property
+    def held_out_micro_batch_slots(self) -> int:
+        """Slots of a held-out micro-batch: as many as the last curriculum stage takes."""
+        return self._curriculum[-1].micro_batch_slots
+
+    def digests(self) -> dict[str, str]:
+        """Digest of the records of each source, in order of their names; see `LatentCache.digest`."""
+        return {name: self.cache.digest(name) for name in sorted(self._sources)}
 
     def stage(self, index: int) -> StagePlan:
         """Make ready to plan a curriculum stage.
@@ -106,7 +126,7 @@ class SlotPlanner:
             self._require_enough(source, walk, stage)
         mixture = Mixture(
             self._seed, derive_seed, weights=stage.weights, walks=walks,
-            num_groups=self._num_slots // self._group_size, group_size=self._group_size,
+            num_groups=self.num_slots // self._group_size, group_size=self._group_size,
         )  # fmt: skip
         return StagePlan(stage, mixture, allowed)
 
@@ -135,7 +155,7 @@ class SlotPlanner:
 
     def reserve(self, stage: StagePlan, slot: Slot, attempt: int) -> int:
         """A record that may stand in for a slot's: same source and bucket, long enough; the same for a whole group."""
-        rows = self._cache.rows(slot.source)
+        rows = self.cache.rows(slot.source)
         wanted = rows[slot.record]
         fitting = [
             record
@@ -149,13 +169,13 @@ class SlotPlanner:
 
     def _slot(self, stage: StagePlan, step: int, index: int, pick: Pick) -> Slot:
         record = stage.allowed[pick.source][pick.row]
-        num_units = min(self._cache.rows(pick.source)[record].num_latents, stage.settings.num_latents)
+        num_units = min(self.cache.rows(pick.source)[record].num_latents, stage.settings.num_latents)
         columns = self._objective.stage_columns
         # counted over the whole run: a step with fewer groups than columns would else never reach the last ones
         if self._shares_record(pick.source, stage.settings):
-            turn_of_columns = step * (self._num_slots // self._group_size) + pick.group
+            turn_of_columns = step * (self.num_slots // self._group_size) + pick.group
         else:
-            turn_of_columns = step * self._num_slots + index
+            turn_of_columns = step * self.num_slots + index
         pyramid_stage = columns[turn_of_columns % len(columns)]
         turn = derive_seed(self._seed, "turn", step, pick.group) % num_units
         unit = self._choose_unit(
@@ -167,7 +187,7 @@ class SlotPlanner:
     def _make_slot(
         self, step: int, index: int, source: str, record: int, *, unit: int, pyramid_stage: int, seed: int
     ) -> Slot:
-        row = self._cache.rows(source)[record]
+        row = self.cache.rows(source)[record]
         height, width = grid = self._grid(row.height_px, row.width_px)
         visual = self._num_segment_tokens(
             unit, pyramid_stage, self._objective.num_pyramid_stages, grid, self._patch_size
@@ -185,17 +205,17 @@ class SlotPlanner:
         longest = max((len(column) for column in columns), default=0)
         pool = [column[place] for place in range(longest) for column in columns if place < len(column)]
         if not pool:
+            lack = self._found_elsewhere(names, stage.buckets) + "," if names else "no source has split='held_out';"
             raise DataError(
-                f"trainer.held_out_slots={num_slots}, but the held-out sources {names} have no record "
-                f"in the buckets {_names(stage.buckets)} of the last curriculum stage {stage.name!r}; add a held-out "
-                "source, or set trainer.held_out_slots=0."
+                f"trainer.held_out_slots={num_slots} in the last curriculum stage {stage.name!r}: {lack} add a "
+                "held-out source, or set trainer.held_out_slots=0."
             )
         return pool
 
     def _held_out_slot(self, index: int, pool: list[tuple[str, int]], stage: CurriculumStageSettings) -> Slot:
         turn, pyramid_stage = divmod(index, self._objective.num_pyramid_stages)
         source, record = pool[turn % len(pool)]
-        num_units = min(self._cache.rows(source)[record].num_latents, stage.num_latents)
+        num_units = min(self.cache.rows(source)[record].num_latents, stage.num_latents)
         # from the last unit down; the shift gives a record another unit once all pairs have come round
         unit = num_units - (turn + turn // math.lcm(len(pool), num_units)) % num_units
         seed = derive_seed("held_out", index)
@@ -203,7 +223,7 @@ class SlotPlanner:
 
     def _rows_in(self, source: str, buckets: Sequence[BucketSettings]) -> list[int]:
         sizes = {(bucket.height_px, bucket.width_px) for bucket in buckets}
-        rows = self._cache.rows(source)
+        rows = self.cache.rows(source)
         return [position for position, row in enumerate(rows) if (row.height_px, row.width_px) in sizes]
 
     def _shares_record(self, source: str, stage: CurriculumStageSettings) -> bool:
@@ -214,14 +234,33 @@ class SlotPlanner:
         return Walk(f"{source}@{'+'.join(_names(stage.buckets))}", num_rows, self._shares_record(source, stage))
 
     def _require_enough(self, source: str, walk: Walk, stage: CurriculumStageSettings) -> None:
-        needed = self._num_slots // self._group_size if walk.shares_record else self._num_slots
+        if walk.num_rows == 0:
+            raise DataError(
+                f"curriculum {stage.name!r}: {self._found_elsewhere([source], stage.buckets)}, or drop the source from "
+                "the stage's weights."
+            )
+        needed = self.num_slots // self._group_size if walk.shares_record else self.num_slots
         if walk.num_rows < needed:
             raise DataError(
                 f"curriculum {stage.name!r}: source {source!r} has {walk.num_rows} records in the buckets "
-                f"{_names(stage.buckets)}, but a step of trainer.global_batch_slots={self._num_slots} may take {needed}"
+                f"{_names(stage.buckets)}, but a step of trainer.global_batch_slots={self.num_slots} may take {needed}"
                 f"{f' (one per sync group of {self._group_size})' if walk.shares_record else ''}; add clips, lower "
                 "trainer.global_batch_slots, or drop the source from the stage's weights."
             )
+
+    def _found_elsewhere(self, sources: Sequence[str], buckets: Sequence[BucketSettings]) -> str:
+        """What to say of sources without a record in these buckets: where they have some, and the ways out."""
+        found = []
+        for source in sources:
+            counts = Counter(_size_name(row) for row in self.cache.rows(source))
+            sizes = ", ".join(f"{size} ({count} records)" for size, count in sorted(counts.items()))
+            found.append(f"{source!r} is there in {sizes or 'no bucket at all'}")
+        missing = ", ".join(_names(buckets))
+        return (
+            f"the cache {self.cache.path} holds nothing in {missing}: {'; '.join(found)}; add {missing} to "
+            "precompute.buckets (a clip goes to the nearest aspect ratio) and precompute into a new folder, take it "
+            "out of the stage's buckets"
+        )
 
     def _check_buckets(self, buckets: Sequence[BucketSettings]) -> None:
         num_stages = self._objective.num_pyramid_stages
@@ -230,11 +269,15 @@ class SlotPlanner:
             try:
                 self._num_segment_tokens(1, 0, num_stages, grid, self._patch_size)
             except ValueError as error:
-                raise ConfigError(f"bucket {bucket.height_px}x{bucket.width_px}: {error}") from error
+                raise ConfigError(f"bucket {_size_name(bucket)}: {error}") from error
 
     def _grid(self, height_px: int, width_px: int) -> tuple[int, int]:
-        return height_px // self._cache.spatial_stride, width_px // self._cache.spatial_stride
+        return height_px // self.cache.spatial_stride, width_px // self.cache.spatial_stride
 
 
 def _names(buckets: Sequence[BucketSettings]) -> list[str]:
-    return sorted(f"{bucket.height_px}x{bucket.width_px}" for bucket in buckets)
+    return sorted(_size_name(bucket) for bucket in buckets)
+
+
+def _size_name(sized: BucketSettings | IndexRow) -> str:
+    return f"{sized.height_px}x{sized.width_px}"

@@ -7,7 +7,7 @@ from data_pipeline.pipeline import run_precompute
 from data_pipeline.precompute_plan import PrecomputePlan, describe_plan
 from jobs.cli import check_writable, main
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.launch.ray_workers import start_ray
+from m4v_dist.launch.ray_session import ray_session
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ def precompute_latents(config: RunConfig, dry_run: bool) -> str:
         logger.info("plan\n%s", describe_plan(plan))
         return "dry run: the plan above can be done; nothing was written"
     check_writable(config.precompute.cache, "precompute.cache")
-    result = run_precompute(plan, lambda: start_ray(config.launch))
+    result = run_precompute(plan, lambda: ray_session(config.launch, has_workers=False))
     report = result.report
     if result.did_nothing:
         return (

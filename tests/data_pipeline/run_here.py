@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,7 @@ from data_pipeline.shard_actor import ShardActor
 
 def run_here(plan: PrecomputePlan) -> PrecomputeResult:
     """`run_precompute` without Ray."""
-    return run_precompute(plan, lambda: None, run_shards)
+    return run_precompute(plan, nullcontext, run_shards)
 
 
 def run_shards(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:

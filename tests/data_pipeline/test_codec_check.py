@@ -2,16 +2,22 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from data_pipeline.codec_check import compare, psnr_db
+from data_pipeline.codec_check import compare, compare_source, psnr_db
+from data_pipeline.decode import DecodeRule
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import IndexRow
+from data_pipeline.pack import RawClip, write_shards
 from m4v_dist.config.schema import CodecSettings
 from m4v_dist.errors import DataError
+from m4v_dist.frozen.video_file import encode_png
 from m4v_dist.frozen.video_vae import build_codec, frames_from_uint8
+from tests.data_pipeline.made_cache import MadeSource, make_cache
 
 ROW = IndexRow("k", "clips", "video", "s", 64, 64, 17, 3, 8.0, "c", 5, 0, 0, "", 64, 64, 17, 8.0)
 
@@ -54,3 +60,14 @@ def test_a_cache_of_other_lengths_is_refused() -> None:
     latents = codec.encode(frames_from_uint8(torch.from_numpy(frames)))
     with pytest.raises(DataError, match="clips/k"):
         compare(ROW, frames[:9], latents, codec)
+
+
+def test_a_damaged_record_ends_the_check_with_the_fragment_to_remove(tmp_path: Path) -> None:
+    still = RawClip("img000", "png", encode_png(_moving_gradient()[0]), "a ramp")
+    (shard,) = write_shards([still], f"{tmp_path}/raw-%03d.tar", 1)
+    folder = make_cache(f"{tmp_path}/cache", [MadeSource("img", "image", 1, 1)])
+    tar = tmp_path / "cache" / "shards" / "img.tar"
+    tar.write_bytes(tar.read_bytes()[:600])
+    rule = DecodeRule(buckets=((64, 64),), num_frames=9, fps=8.0)
+    with pytest.raises(DataError, match=rf"img/img000 .*cut short.*remove {folder}/index/img.parquet"):
+        list(compare_source(LatentCache.open(folder), "img", [shard], build_codec(CodecSettings()), rule, 30.0))

@@ -9,9 +9,11 @@ import torch
 
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.loader import LatentLoader, StepBatch
+from data_pipeline.slot_plan import SlotPlanner
+from m4v_dist import storage
 from m4v_dist.batch import LatentBatch, Slot
 from m4v_dist.config.schema import BucketSettings, CurriculumStageSettings, ObjectiveSettings, SourceSettings
-from m4v_dist.errors import ConfigError, DataError
+from m4v_dist.errors import ConfigError, DataError, StoreError
 from m4v_dist.objective.history import choose_unit, num_segment_tokens
 from tests.data_pipeline.made_cache import MadeSource, make_cache, record_value
 
@@ -44,16 +46,24 @@ def make_loader(folder: str, rank: int = 0, world_size: int = 1, **changes: Any)
         ],
         "curriculum": CURRICULUM,
         "seed": 5,
-        "global_batch_slots": 8,
-        "sync_group": 4,
+        "num_slots": 8,
+        "group_size": 4,
         "objective": ObjectiveSettings(),
         "choose_unit": choose_unit,
         "num_segment_tokens": num_segment_tokens,
         "patch_size": 2,
-        "prefetch_steps": 2,
-        "held_out_slots": 12,
-    } | changes
-    return LatentLoader(LatentCache.open(folder), rank=rank, world_size=world_size, **values)
+    }
+    planner = SlotPlanner(
+        LatentCache.open(folder), **values | {name: changes.pop(name) for name in values.keys() & changes.keys()}
+    )
+    return LatentLoader(planner, rank=rank, world_size=world_size, **{"held_out_slots": 12} | changes)
+
+
+def enter_video_stage(loader: LatentLoader) -> LatentLoader:
+    """As if the image stage's four steps had been handed out."""
+    loader.load_state_dict({**loader.state_dict(), "next_step": 4})
+    loader.enter(1, 4)
+    return loader
 
 
 def take(loader: LatentLoader, count: int) -> list[StepBatch]:
@@ -132,9 +142,7 @@ def test_epochs_have_different_orders(cache_folder: str) -> None:
 
 
 def test_a_sync_group_shares_one_video_and_trains_its_units(cache_folder: str) -> None:
-    loader = make_loader(cache_folder)
-    loader.load_state_dict({**loader.state_dict(), "next_step": 4})
-    loader.enter(1, 4)
+    loader = enter_video_stage(make_loader(cache_folder))
     slots = by_index(slots_of(take(loader, 20)))
     groups = [slots[start : start + 4] for start in range(0, len(slots), 4)]
     videos = [group for group in groups if group[0].source == "vid"]
@@ -148,17 +156,13 @@ def test_a_sync_group_shares_one_video_and_trains_its_units(cache_folder: str) -
 
 
 def test_a_group_smaller_than_the_clip_reaches_every_unit_at_every_pyramid_stage(cache_folder: str) -> None:
-    loader = make_loader(cache_folder, sync_group=2)
-    loader.load_state_dict({**loader.state_dict(), "next_step": 4})
-    loader.enter(1, 4)
+    loader = enter_video_stage(make_loader(cache_folder, group_size=2))
     slots = [slot for slot in slots_of(take(loader, 30)) if slot.source == "vid"]
     assert {(slot.unit, slot.pyramid_stage) for slot in slots} == {(u, k) for u in (1, 2, 3, 4) for k in (0, 1, 2)}
 
 
 def test_latents_are_the_prefix_that_ends_at_the_unit(cache_folder: str) -> None:
-    loader = make_loader(cache_folder)
-    loader.load_state_dict({**loader.state_dict(), "next_step": 4})
-    loader.enter(1, 4)
+    loader = enter_video_stage(make_loader(cache_folder))
     for batch in take(loader, 6):
         for micro in batch.micro_batches:
             check_content(micro)
@@ -183,9 +187,7 @@ def test_state_counts_samples_and_tokens_of_what_was_handed_out(cache_folder: st
 
 
 def test_micro_batches_of_a_step_have_about_equal_tokens(cache_folder: str) -> None:
-    loader = make_loader(cache_folder)
-    loader.load_state_dict({**loader.state_dict(), "next_step": 4})
-    loader.enter(1, 4)
+    loader = enter_video_stage(make_loader(cache_folder))
     for batch in take(loader, 10):
         loads = [sum(slot.num_tokens for slot in micro.slots) for micro in batch.micro_batches]
         heaviest = max(slot.num_tokens for micro in batch.micro_batches for slot in micro.slots)
@@ -241,9 +243,7 @@ def test_a_damaged_video_is_replaced_by_one_video_for_its_whole_group(tmp_path: 
     damage(folder, "vid", 4)
     found: list[Slot] = []
     for rank in range(4):
-        loader = make_loader(folder, rank, 4)
-        loader.load_state_dict({**loader.state_dict(), "next_step": 4})
-        loader.enter(1, 4)
+        loader = enter_video_stage(make_loader(folder, rank, 4))
         found += slots_of(take(loader, 12))
     slots = by_index(found)
     groups = [slots[start : start + 4] for start in range(0, len(slots), 4) if slots[start].source == "vid"]
@@ -261,13 +261,29 @@ def test_too_many_damaged_records_end_the_run(tmp_path: Path) -> None:
 
 
 def test_fewer_records_than_a_step_needs_is_refused_before_a_read(cache_folder: str) -> None:
-    loader = make_loader(cache_folder, global_batch_slots=16)
+    loader = make_loader(cache_folder, num_slots=16)
     with pytest.raises(DataError, match="'img' has 13 records .* may take 16"):
         loader.enter(0, 0)
-    few_groups = make_loader(cache_folder, global_batch_slots=8, sync_group=1)
-    few_groups.load_state_dict({**few_groups.state_dict(), "next_step": 4})
     with pytest.raises(DataError, match="'vid' has 7 records .* may take 8"):
-        few_groups.enter(1, 4)
+        enter_video_stage(make_loader(cache_folder, group_size=1))
+
+
+def test_a_bucket_that_the_cache_does_not_hold_is_named_with_those_that_it_holds(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), [*SOURCES[1:], MadeSource("vid", "video", 9, 5, size_px=128)])
+    stage = CURRICULUM[0].model_copy(update={"buckets": (BucketSettings(height_px=128, width_px=64),)})
+    with pytest.raises(DataError, match=r"holds nothing in 128x64: 'img' is there in 64x64 \(13 records\); add 128x64"):
+        make_loader(folder, curriculum=(stage,)).enter(0, 0)
+    # that there are some in another source helps nobody
+    with pytest.raises(DataError, match=r"'video': .* nothing in 64x64: 'vid' is there in 128x128 \(9 records\)"):
+        enter_video_stage(make_loader(folder))
+    with pytest.raises(DataError, match=r"'unseen' is there in 64x64 \(3 records\); add 128x64 to precompute.buckets"):
+        make_loader(folder, curriculum=(stage,)).held_out()
+    gone = stage.model_copy(update={"weights": {"gone": 1.0}})
+    sources = [SourceSettings(name="gone", shards="x", media="image", licence="none")]
+    with pytest.raises(DataError, match="'gone' is there in no bucket at all"):
+        make_loader(folder, curriculum=(gone,), sources=sources).enter(0, 0)
+    with pytest.raises(DataError, match="no source has split='held_out'"):
+        make_loader(folder, curriculum=(gone,), sources=sources).held_out()
 
 
 def test_a_state_of_another_order_is_refused(cache_folder: str) -> None:
@@ -276,6 +292,50 @@ def test_a_state_of_another_order_is_refused(cache_folder: str) -> None:
         make_loader(cache_folder, seed=6).load_state_dict(state)
     with pytest.raises(ConfigError, match="step 3"):
         make_loader(cache_folder).enter(0, 3)
+
+
+@pytest.mark.parametrize("name", ["index", "seed", "sync_group", "next_step", "cursors", "tokens_seen"])
+def test_a_state_without_a_field_is_refused_by_its_name(cache_folder: str, name: str) -> None:
+    state = make_loader(cache_folder).state_dict()
+    del state[name]
+    with pytest.raises(DataError, match=rf"has no {name}; .*start a new run folder"):
+        make_loader(cache_folder).load_state_dict(state)
+
+
+def test_a_cursor_without_a_field_is_refused_and_never_starts_over(cache_folder: str) -> None:
+    loader = make_loader(cache_folder)
+    loader.enter(0, 0)
+    take(loader, 1)
+    state = loader.state_dict()
+    del state["cursors"]["img@64x64"]["position"]
+    with pytest.raises(DataError, match=r"has no cursors\.img@64x64\.position"):
+        make_loader(cache_folder).load_state_dict(state)
+
+
+@pytest.mark.parametrize("prefetch_steps", [0, 2])
+def test_a_store_that_cannot_be_asked_is_no_damaged_record(
+    cache_folder: str, monkeypatch: pytest.MonkeyPatch, prefetch_steps: int
+) -> None:
+    def unreachable(path: str, *_: object) -> bytes:
+        raise StoreError(f"{path}: EndpointConnectionError")
+
+    loader = make_loader(cache_folder, prefetch_steps=prefetch_steps)
+    loader.enter(0, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "read_bytes", unreachable)
+        with pytest.raises(StoreError, match="EndpointConnectionError"):
+            take(loader, 1)
+        with pytest.raises(StoreError, match="EndpointConnectionError"):
+            loader.held_out()
+    assert loader.num_bad_records == 0
+    take(loader, 1)
+
+
+def test_a_damaged_held_out_record_ends_the_run_with_the_fragment_to_remove(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    name = damage(folder, "unseen", 1)
+    with pytest.raises(DataError, match=rf"held-out record {name} .*remove {folder}/index/unseen.parquet"):
+        make_loader(folder).held_out()
 
 
 def test_a_bucket_that_the_pyramid_cannot_halve_is_refused(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 import io
 import json
+import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 from data_pipeline import pack
 from data_pipeline.latent_cache import LatentCache, shard_path
+from data_pipeline.manifest import list_shards
 from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.pipeline import collect, require_room_for_an_actor, run_precompute
 from data_pipeline.precompute_plan import PrecomputePlan, describe_plan, plan_tasks
@@ -25,11 +29,11 @@ from m4v_dist.config.schema import (
     SourceSettings,
     TextEncoderSettings,
 )
-from m4v_dist.errors import ConfigError, DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError
+from m4v_dist.errors import ConfigError, DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError, StoreError
 from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_file import encode_mp4, encode_png
 from m4v_dist.frozen.video_vae import build_codec
-from m4v_dist.launch.ray_workers import start_ray, stop_ray
+from m4v_dist.launch.ray_session import ray_session
 from tests.data_pipeline.made_cache import moving_blocks
 from tests.data_pipeline.run_here import run_here
 
@@ -58,6 +62,14 @@ def make_plan(shards: str, cache: Path, **changes: Any) -> PrecomputePlan:
     return PrecomputePlan(sources, precompute, CodecSettings(), TextEncoderSettings())
 
 
+def copy_shards(shards: str, folder: Path) -> Path:
+    """The raw shards once more, to be harmed."""
+    folder.mkdir(exist_ok=True)
+    for name in ("clips-000.tar", "clips-001.tar", "stills-000.tar"):
+        shutil.copy(Path(shards, name), folder / name)
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -75,25 +87,49 @@ def check_report(report: dict[str, Any]) -> None:
     assert bad["mute"]["error"] == "caption is missing" and bad["mute"]["source"] == "clips"
 
 
+def no_session() -> AbstractContextManager[None]:
+    """A `ray_session` of a run that must not start Ray."""
+    raise AssertionError("workers started for nothing")
+
+
+def local_session() -> AbstractContextManager[None]:
+    """A `ray_session` as jobs.precompute_latents gives it."""
+    return ray_session(LaunchSettings(), has_workers=False)
+
+
 @pytest.fixture
-def local_ray() -> Iterator[None]:
-    yield
-    stop_ray()
+def ray_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """The folders of the local Rays that a test starts, in order; what it leaves is removed."""
+    folders: list[Path] = []
+    make_folder = tempfile.mkdtemp
+
+    def noted(*args: Any, **kwargs: Any) -> str:
+        folder = make_folder(*args, **kwargs)
+        if Path(folder).name.startswith("ray-"):
+            folders.append(Path(folder))
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", noted)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    yield folders
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_fills_the_cache_and_does_nothing_the_second_time(shards: str, tmp_path: Path, local_ray: None) -> None:
+def test_ray_fills_the_cache_and_does_nothing_the_second_time(
+    shards: str, tmp_path: Path, ray_folders: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     plan = make_plan(shards, tmp_path / "cache")
-    result = run_precompute(plan, lambda: start_ray(LaunchSettings(), num_cpus=2))
+    result = run_precompute(plan, local_session)
     assert not result.did_nothing
     check_report(result.report)
+    (ray_folder,) = ray_folders
+    assert not ray_folder.exists() and "Ray's logs stay" not in caplog.text
     before = times(tmp_path / "cache")
-
-    def no_workers() -> None:
-        raise AssertionError("workers started for nothing")
-
-    again = run_precompute(plan, no_workers)
+    again = run_precompute(plan, no_session)
     assert again.did_nothing and times(tmp_path / "cache") == before
     fingerprint = build_codec(plan.codec).fingerprint() | build_text_encoder(plan.text_encoder).fingerprint()
     cache = LatentCache.open(plan.precompute.cache, fingerprint)
@@ -106,7 +142,8 @@ def test_ray_fills_the_cache_and_does_nothing_the_second_time(shards: str, tmp_p
     # a shard that cannot be written ends the job with its name, after the others
     (tmp_path / "second" / "shards" / "stills-stills-000.tar").mkdir(parents=True)
     with pytest.raises(DataError, match="stills-stills-000"):
-        run_precompute(make_plan(shards, tmp_path / "second"), lambda: None)
+        run_precompute(make_plan(shards, tmp_path / "second"), local_session)
+    assert ray_folders[1].exists() and f"Ray's logs stay in {ray_folders[1]}" in caplog.text
 
 
 def test_a_rerun_elsewhere_gives_equal_bytes(shards: str, tmp_path: Path) -> None:
@@ -137,10 +174,7 @@ def test_a_restart_redoes_uncommitted_shards_only(shards: str, tmp_path: Path) -
 
 
 def test_a_shard_that_changed_is_done_again(shards: str, tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for name in ("clips-000.tar", "clips-001.tar", "stills-000.tar"):
-        (raw / name).write_bytes(Path(shards, name).read_bytes())
+    raw = copy_shards(shards, tmp_path / "raw")
     run_here(make_plan(str(raw), tmp_path / "cache"))
     write_shards([RawClip("new", "png", encode_png(moving_blocks(50, 1)[0]), "new")], f"{raw}/stills-%03d.tar", 9)
     result = run_here(make_plan(str(raw), tmp_path / "cache"))
@@ -191,13 +225,23 @@ def test_no_clip_kept_is_an_error(shards: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_shard_stops_before_workers_start(shards: str, tmp_path: Path) -> None:
-    plan = make_plan(shards + "-gone", tmp_path / "cache")
+    raw = copy_shards(shards, tmp_path / "raw")
+    (raw / "clips-001.tar").unlink()
+    with pytest.raises(DataError, match=r"1 of 2 shards .*clips-001.tar; correct .*or bring the files back") as caught:
+        run_precompute(make_plan(str(raw), tmp_path / "cache"), no_session)
+    assert "no folder" not in str(caught.value)
 
-    def no_workers() -> None:
-        raise AssertionError("workers started for nothing")
 
-    with pytest.raises(DataError, match="clips-000.tar"):
-        run_precompute(plan, no_workers)
+def test_a_missing_folder_of_shards_is_named_with_what_packs_it(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"there is no folder {tmp_path}/runs/demo/shards; .*`make demo` packs"):
+        list_shards("runs/demo/shards/clips-{000..002}.tar")
+    copy_shards(shards, tmp_path)
+    assert list_shards("clips-000.tar") == ["clips-000.tar"]
+    with pytest.raises(DataError, match="bring the files back"):
+        list_shards("clips-009.tar")
 
 
 def test_equal_file_names_of_two_folders_get_two_outputs(shards: str, tmp_path: Path) -> None:
@@ -221,35 +265,38 @@ def test_a_dry_run_counts_and_writes_nothing(shards: str, tmp_path: Path) -> Non
 
 
 class _Broken(io.RawIOBase):
-    """A reader of an object store whose server stops answering after `good` bytes."""
+    """A reader of an object store whose server stops answering after `good` bytes: then it raises `error`."""
 
-    def __init__(self, data: bytes, good: int) -> None:
-        self._stream, self._left = io.BytesIO(data), good
+    def __init__(self, data: bytes, good: int, error: OSError) -> None:
+        self._stream, self._left, self._error = io.BytesIO(data), good, error
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
         if self._left <= 0:
-            raise TimeoutError("read timed out")
+            raise self._error
         data = self._stream.read(size)
         self._left -= len(data)
         return data
 
 
-def test_a_read_that_times_out_fails_its_shard_and_commits_nothing(
-    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [TimeoutError("read timed out"), StoreError("clips-001.tar: EndpointConnectionError")], ids=repr
+)
+def test_a_read_that_the_store_fails_fails_its_shard_and_commits_nothing(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
     plan = make_plan(shards, tmp_path / "cache")
 
     @contextmanager
     def open_read(path: str) -> Iterator[io.RawIOBase]:
-        yield _Broken(Path(path).read_bytes(), 20000 if path.endswith("clips-001.tar") else 1 << 30)
+        yield _Broken(Path(path).read_bytes(), 20000 if path.endswith("clips-001.tar") else 1 << 30, error)
 
     with monkeypatch.context() as patched:
         patched.setattr(storage, "open_read", open_read)
         assert isinstance(next(iter(pack.read_shard(f"{shards}/clips-001.tar"))), RawClip)
-        with pytest.raises(DataError, match=r"1 of 3 shards .*clips-clips-001: TimeoutError: read timed out"):
+        with pytest.raises(DataError, match=rf"1 of 3 shards .*clips-clips-001: {type(error).__name__}: {error}"):
             run_here(plan)
     assert storage.list_folder(f"{tmp_path}/cache/index") == ["clips-clips-000.parquet", "stills-stills-000.parquet"]
     assert not (tmp_path / "cache" / "attempts" / "clips-clips-001").exists()
@@ -259,10 +306,7 @@ def test_a_read_that_times_out_fails_its_shard_and_commits_nothing(
 
 
 def test_a_damaged_shard_is_counted_apart_and_past_the_limit_ends_the_job(shards: str, tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for name in ("clips-000.tar", "clips-001.tar", "stills-000.tar"):
-        (raw / name).write_bytes(Path(shards, name).read_bytes())
+    raw = copy_shards(shards, tmp_path / "raw")
     whole = (raw / "clips-000.tar").read_bytes()
     (raw / "clips-000.tar").write_bytes(whole[: whole.index(b"c2.mp4") + 2000])
     cache = tmp_path / "cache"
@@ -314,7 +358,7 @@ def test_an_actor_that_no_node_can_hold_is_refused(caplog: pytest.LogCaptureFixt
     require_room_for_an_actor(settings(gpus_per_actor=1.0), nodes)
     with pytest.raises(ConfigError, match=r"wants 2 CPU and 0 GPU .*at most 1 CPU"):
         require_room_for_an_actor(settings(cpus_per_actor=2.0), nodes)
-    with pytest.raises(ConfigError, match="wait_for_nodes=true"):
+    with pytest.raises(ConfigError, match=r"gpus_per_actor=0 encodes on CPUs.*wait_for_nodes=true"):
         require_room_for_an_actor(settings(gpus_per_actor=1.0), nodes[:1])
     require_room_for_an_actor(settings(gpus_per_actor=1.0, wait_for_nodes=True), [])
     assert "waiting for it to grow" in caplog.text
