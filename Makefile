@@ -30,7 +30,7 @@ export PYTHONUNBUFFERED := 1
 install: $(READY)
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	@echo "setting up $(VENV): about 2 GB, 2-3 minutes; pip shows errors only"
+	@echo "setting up $(VENV): about 3 GB, 2-3 minutes; pip shows errors only"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[demo,dev]'
 	touch $@

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -20,14 +21,16 @@ from tqdm import tqdm
 from data_pipeline.codec_check import psnr_db
 from data_pipeline.demo_clips import package_file
 from m4v_dist import storage
-from m4v_dist.errors import DataError
-from m4v_dist.frozen.pca_codec import PcaCodec, fit_pca_weights
+from m4v_dist.errors import ConfigError, DataError
+from m4v_dist.frozen.pca_codec import BLOCK, PcaCodec, fit_pca_weights
 from m4v_dist.frozen.video_file import centre_crop, decode_animation, read_video, resize_cover
 from m4v_dist.frozen.video_vae import Codec, frames_from_uint8, frames_to_uint8
 
 logger = logging.getLogger(__name__)
 SIZES_PX = (64, 128, 256)
 MAX_FRAMES = 89
+MAX_CHANNELS = 3 * BLOCK**2
+"""A first frame's block has no more directions."""
 
 
 def load_clip(clip: Mapping[str, Any], size_px: int) -> Tensor:
@@ -62,39 +65,75 @@ def measure(codec: Codec, clips: Sequence[Mapping[str, Any]], size_px: int) -> d
     return {"first_frames_db": round(sum(first) / len(first), 2), "later_frames_db": round(sum(later) / len(later), 2)}
 
 
-def fit_codec(clip_list: str, out: str, channels: int) -> str:
-    """Fit, measure, write; return one line that says what was done.
+@dataclass(frozen=True)
+class FitPlan:
+    """What a fit reads: found in the installed packages, not decoded yet.
+
+    Args:
+        training: entries of the list that the basis is fitted on.
+        held_out: entries that it is measured on.
+        versions: of the packages that ship the clips.
+    """
+
+    training: tuple[Mapping[str, Any], ...]
+    held_out: tuple[Mapping[str, Any], ...]
+    versions: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{len(self.training)} clips at {SIZES_PX} px and measure on {len(self.held_out)} held-out clips"
+
+
+def plan_fit(clip_list: str, channels: int) -> FitPlan:
+    """Check all that a fit needs; nothing is decoded or written.
 
     Args:
         clip_list: JSON list of clips with stem, package, file and split.
-        out: safetensors file to write.
         channels: of a latent.
 
     Raises:
-        DataError: a split is empty, or a clip's package or file is missing.
+        ConfigError: channels out of range.
+        DataError: no such list, a split is empty, or a clip's package or file is missing.
     """
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise ConfigError(f"channels={channels}: a first frame's block gives 1 to {MAX_CHANNELS}.")
+    if not storage.exists(clip_list):
+        raise DataError(f"{clip_list} does not exist; give a JSON list of clips.")
     clips = storage.read_json(clip_list)["clips"]
-    training = [clip for clip in clips if clip["split"] == "train"]
-    held_out = [clip for clip in clips if clip["split"] == "held_out"]
+    training, held_out = (tuple(c for c in clips if c["split"] == split) for split in ("train", "held_out"))
     if not training or not held_out:
         raise DataError(f"{clip_list}: {len(training)} training and {len(held_out)} held-out clips; list both.")
-    packages = sorted({clip["package"] for clip in clips})
+    for clip in (*training, *held_out):
+        package_file(clip["file"])
+    versions = {package: metadata.version(package) for package in sorted({clip["package"] for clip in clips})}
+    return FitPlan(training, held_out, versions)
+
+
+def fit_codec(plan: FitPlan, out: str, channels: int) -> str:
+    """Fit, measure, write; return one line that says what was done.
+
+    Args:
+        plan: what to read.
+        out: safetensors file to write.
+        channels: of a latent.
+    """
     provenance: dict[str, object] = {
         "method": "PCA of 8x8x1 and 8x8x8 RGB blocks, scale of each channel r * sqrt(deviation)",
-        "packages": {package: metadata.version(package) for package in packages},
-        "training_clips": [clip["stem"] for clip in training],
-        "held_out_clips": [clip["stem"] for clip in held_out],
+        "packages": dict(plan.versions),
+        "training_clips": [clip["stem"] for clip in plan.training],
+        "held_out_clips": [clip["stem"] for clip in plan.held_out],
         "sizes_px": list(SIZES_PX),
     }
     started = time.monotonic()
-    progress = tqdm(((c, s) for c in training for s in SIZES_PX), total=len(training) * len(SIZES_PX), desc="fit")
-    weights = fit_pca_weights((load_clip(clip, size) for clip, size in progress), channels, provenance)
+    pairs = [(clip, size) for clip in plan.training for size in SIZES_PX]
+    clips = (load_clip(clip, size) for clip, size in tqdm(pairs, desc="fit"))
+    weights = fit_pca_weights(clips, channels, provenance)
     seconds = time.monotonic() - started
     codec = PcaCodec.from_bytes(weights.to_bytes())
-    figures = {f"{size}px": measure(codec, held_out, size) for size in SIZES_PX}
+    figures = {f"{size}px": measure(codec, plan.held_out, size) for size in SIZES_PX}
     weights.provenance["held_out_psnr"] = figures
     storage.write_bytes(out, weights.to_bytes())
     logger.info("provenance: %s", json.dumps(weights.provenance, indent=2))
     return (
-        f"{out}: fitted on {len(training)} clips in {seconds:.0f} s; PSNR on {len(held_out)} held-out clips {figures}"
+        f"{out}: fitted on {len(plan.training)} clips in {seconds:.0f} s; PSNR on {len(plan.held_out)} held-out clips "
+        f"{figures}"
     )

@@ -28,6 +28,7 @@ from m4v_dist.report.fault import prove_redone_steps_equal
 from m4v_dist.report.figures import held_out_points
 from m4v_dist.report.run_folder import Metrics, read_metrics
 
+DESCRIPTION = "The main job end to end on real clips."
 CONFIG = "jobs/configs/demo.toml"
 CLIP_LIST = str(Path(__file__).parent / "configs" / "demo_clips.json")
 CLIPS_PER_SHARD = 4
@@ -130,7 +131,11 @@ class Demo:
         def look() -> None:
             kill = killer.look()
             if kill is not None:
-                say(f"\n*** Killing rank {kill.rank} (pid {kill.pid}) with SIGKILL after step {kill.step}. ***\n")
+                say(
+                    f"\n*** Killing rank {kill.rank} (pid {kill.pid}) with SIGKILL after step {kill.step}. ***"
+                    "\nRay will now report the lost worker at length; that is expected. Training then goes on from the "
+                    f"checkpoint of step {kill.checkpoint_step}.\n"
+                )
                 storage.write_json(storage.join(self._folder, "kill.json"), dataclasses.asdict(kill))
 
         self._step("train", look)
@@ -286,32 +291,31 @@ def gpu_overrides(num_gpus: int, given: Sequence[str]) -> list[str]:
 
     Args:
         num_gpus: GPUs of this machine.
-        given: the user's arguments.
+        given: the user's overrides.
     """
     if num_gpus == 0 or any(argument.startswith("launch.use_gpu=") for argument in given):
         return []
     return ["launch.use_gpu=true", f"launch.num_workers={min(MAX_GPUS, num_gpus)}", "trainer.precision=bfloat16"]
 
 
-def step_arguments(given: Sequence[str], num_gpus: int) -> list[str]:
+def step_arguments(config: str, overrides: Sequence[str], num_gpus: int) -> list[str]:
     """What every step is called with: the config, what the machine asks for, and the user's own words last, to win."""
-    has_config = any(argument.split("=")[0] == "--config" for argument in given)
-    own = [argument for argument in given if argument != "--dry-run"]
-    return [*([] if has_config else ["--config", CONFIG]), *gpu_overrides(num_gpus, given), *own]
+    return ["--config", config, *gpu_overrides(num_gpus, overrides), *overrides]
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; without `--config` on its own config."""
-    passed_on = step_arguments(arguments, count_gpus())
+    arguments = cli.parse_arguments("demo", DESCRIPTION, argv, default_config=CONFIG)
+    passed_on = step_arguments(arguments.config, arguments.overrides, count_gpus())
 
     def demo(config: RunConfig, dry_run: bool) -> str:
         if dry_run:
             return f"would remove {config.run.folder} and do all steps there"
         return Demo(config, passed_on).run()
 
-    given = [*passed_on, "--dry-run"] if "--dry-run" in arguments else passed_on
-    return cli.main("demo", demo, "The main job end to end on real clips.", given, preflight=check_config)
+    given = [*passed_on, "--dry-run"] if arguments.dry_run else passed_on
+    return cli.main("demo", demo, DESCRIPTION, given, preflight=check_config)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

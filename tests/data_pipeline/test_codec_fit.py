@@ -58,6 +58,50 @@ def test_a_list_without_held_out_clips_is_exit_3(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_says_what_would_be_fitted_and_written_and_writes_nothing(
+    clip_list: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / "new" / "codec.safetensors"
+    assert main(["--clips", str(clip_list), "--out", str(out), "--channels", "6", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "would fit 6 channels on 1 clips at (64, 128, 256) px and measure on 1 held-out clips" in shown
+    assert shown.endswith(f"and write {out}\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_clip_that_is_missing_is_exit_3_before_anything_is_fitted(
+    clip_list: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    (tmp_path / "clips_for_fit" / "held_out.webp").unlink()
+    out = tmp_path / "new" / "out"
+    assert main(["--clips", str(clip_list), "--out", str(out), *options]) == 3
+    assert "clips_for_fit/held_out.webp: the installed clips_for_fit has no such file" in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+def test_a_list_that_is_missing_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--clips", str(tmp_path / "no.json"), "--dry-run"]) == 3
+    assert "no.json does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("channels", ["0", "193"])
+def test_channels_that_a_block_cannot_give_are_exit_2(
+    clip_list: Path, capsys: pytest.CaptureFixture[str], channels: str
+) -> None:
+    assert main(["--clips", str(clip_list), "--channels", channels, "--dry-run"]) == 2
+    assert "1 to 192" in capsys.readouterr().err
+
+
+def test_an_out_that_cannot_be_written_is_exit_2_before_the_fit(
+    clip_list: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--clips", str(clip_list), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "by --out=..." in capsys.readouterr().err
+
+
 class _OffBy:
     """A codec whose first frame is off by 5 of 255 and whose later ones by 10, towards grey so that nothing clips."""
 

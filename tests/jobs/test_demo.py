@@ -12,7 +12,8 @@ from jobs import demo
 from m4v_dist import storage
 from m4v_dist.config.load import load_config
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import ConfigError
+from m4v_dist.errors import ConfigError, DataError
+from m4v_dist.launch.fault_injection import Kill, KillMoment
 from m4v_dist.report.run_folder import parse_metrics
 
 CONFIG = str(Path(__file__).parents[2] / "jobs" / "configs" / "demo.toml")
@@ -33,10 +34,10 @@ def test_a_step_that_fails_ends_the_demo_with_its_exit_code(tmp_path: Path) -> N
 
 def test_the_command_is_shown_so_that_it_can_be_copied(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     step = _demo(tmp_path, "--config", CONFIG, "sampling.prompts=['two words']", "--dry-run")
-    step._step("sample")
+    step._step("report")
     shown = capfd.readouterr().out
-    assert f"-m jobs.sample --config {CONFIG} 'sampling.prompts=['\"'\"'two words'\"'\"']' --dry-run" in shown
-    assert "would sample 1 videos" in shown
+    assert f"-m jobs.report --config {CONFIG} 'sampling.prompts=['\"'\"'two words'\"'\"']' --dry-run" in shown
+    assert "would write runs/demo/report.html" in shown
 
 
 def test_a_second_precompute_that_writes_is_noticed(tmp_path: Path) -> None:
@@ -126,12 +127,12 @@ def test_what_the_demo_cannot_show_is_refused_before_it_starts(tmp_path: Path, o
 
 
 def test_gpus_put_their_overrides_into_every_command_and_the_user_s_words_win() -> None:
-    assert demo.step_arguments([], 0) == ["--config", demo.CONFIG]
+    config = ["--config", "x.toml"]
+    assert demo.step_arguments("x.toml", [], 0) == config
     gpu = ["launch.use_gpu=true", "launch.num_workers=2", "trainer.precision=bfloat16"]
-    assert demo.step_arguments(["--dry-run", "run.seed=1"], 8) == ["--config", demo.CONFIG, *gpu, "run.seed=1"]
-    assert "launch.num_workers=1" in demo.step_arguments([], 1)
-    assert demo.step_arguments(["launch.use_gpu=false"], 8) == ["--config", demo.CONFIG, "launch.use_gpu=false"]
-    assert demo.step_arguments(["--config", "x.toml"], 8) == [*gpu, "--config", "x.toml"]
+    assert demo.step_arguments("x.toml", ["run.seed=1"], 8) == [*config, *gpu, "run.seed=1"]
+    assert "launch.num_workers=1" in demo.step_arguments("x.toml", [], 1)
+    assert demo.step_arguments("x.toml", ["launch.use_gpu=false"], 8) == [*config, "launch.use_gpu=false"]
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1, 2, 8])
@@ -147,8 +148,53 @@ def test_the_printed_command_carries_the_gpu_overrides(
     monkeypatch.setattr(demo.Demo, "run", lambda self: self._step("report") or "done")
     assert demo.main([*_paths(tmp_path / "run"), "trainer.precision=float32"]) == 3
     line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("$"))
-    assert "launch.use_gpu=true launch.num_workers=1 trainer.precision=bfloat16 --config" in line
+    assert f"--config {CONFIG} launch.use_gpu=true launch.num_workers=1 trainer.precision=bfloat16 run.folder=" in line
     assert line.endswith("trainer.precision=float32")
+
+
+def test_the_steps_run_on_the_demo_s_own_config_unless_another_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "count_gpus", lambda: 0)
+    monkeypatch.setattr(demo.Demo, "run", lambda self: " ".join(self._arguments))
+    overrides = _paths(tmp_path / "run")[2:]
+    (tmp_path / "jobs").symlink_to(Path(CONFIG).parents[1])
+    monkeypatch.chdir(tmp_path)
+    for given, used in (([], demo.CONFIG), ([f"--config={CONFIG}"], CONFIG)):
+        assert demo.main([*overrides, *given]) == 0
+        assert capfd.readouterr().out.splitlines()[-1] == f"demo: --config {used} {' '.join(overrides)}"
+
+
+def test_the_demo_s_help_says_that_its_config_may_be_left_out(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        demo.main(["--help"])
+    shown = " ".join(capfd.readouterr().out.split())
+    assert raised.value.code == 0
+    assert "[--config FILE]" in shown and f"(default: {demo.CONFIG})" in shown
+
+
+class _Killer:
+    """Kills at the first look, and nobody."""
+
+    def __init__(self, run_folder: str, moment: KillMoment) -> None:
+        self.kill: Kill | None = None
+
+    def look(self) -> Kill | None:
+        self.kill = Kill(1, rank=1, pid=4242, step=67, checkpoint_step=60, num_steps_after_checkpoint=7)
+        return self.kill
+
+
+def test_the_kill_is_said_together_with_what_ray_will_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "WorkerKiller", _Killer)
+    monkeypatch.setattr(demo.Demo, "_step", lambda self, verb, look: look())
+    with pytest.raises(DataError, match="metrics.jsonl"):
+        _demo(tmp_path)._train_with_a_kill()
+    shown = capfd.readouterr().out
+    assert "Killing rank 1 (pid 4242) with SIGKILL after step 67" in shown
+    assert "Ray will now report the lost worker at length; that is expected." in shown
+    assert "the checkpoint of step 60" in shown
 
 
 def _held_out(*losses: float) -> str:
