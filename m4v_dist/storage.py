@@ -82,9 +82,12 @@ def list_folder(path: str) -> list[str]:
     """Names (not paths) of what stands directly in a folder, sorted; empty if there is no such folder."""
     if is_remote(path):
         with _remote(path) as filesystem:
-            if not filesystem.exists(path):
+            # Not asked by exists(): of a bucket's own root, that says "no" for every error.
+            try:
+                entries = filesystem.ls(path, detail=False)
+            except FileNotFoundError:
                 return []
-            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
+            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
     return sorted(os.listdir(path)) if os.path.isdir(path) else []
 
 
