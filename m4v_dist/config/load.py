@@ -1,17 +1,17 @@
-"""TOML and dotted overrides to a `RunConfig`, strict, with "did you mean"; JSON out.
+"""TOML and dotted overrides to a `RunConfig`, strict, with "did you mean" (`explain.py`); JSON out.
 
 The only other file besides `schema.py` that knows pydantic.
 """
 
-import difflib
 import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from m4v_dist.config.explain import explain
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.config.validate import validate
 from m4v_dist.errors import ConfigError
@@ -47,8 +47,7 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(problem, where) for problem in error.errors()]
-        raise ConfigError("\n".join(lines)) from error
+        raise ConfigError("\n".join(explain(error.errors(), where))) from error
     try:
         validate(config)
     except ConfigError as error:
@@ -68,27 +67,43 @@ def config_from_json(text: str) -> RunConfig:
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
-    if not separator or not dotted:
+    parts = dotted.strip().split(".")
+    if not separator or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form section.key=value.")
-    *sections, key = dotted.strip().split(".")
     target: Any = values
-    for section in sections:
+    for depth, part in enumerate(parts[:-1]):
         if isinstance(target, list):
-            target = _list_item(target, section, dotted)
+            target = target[_position(target, parts, depth, override)]
         else:
-            target = target.setdefault(section, {})
+            target = target.setdefault(part, {})
         if not isinstance(target, dict | list):
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section.")
-    value = _parse_value(text.strip())
+            section = ".".join(parts[: depth + 1])
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section; set it as {section}=...")
     if isinstance(target, list):
-        raise ConfigError(f"override {override!r}: {dotted} is a whole item of a list; name a key in it.")
-    target[key] = value
+        raise ConfigError(_refuse_item(target, parts, override))
+    target[parts[-1]] = _parse_value(text.strip())
 
 
-def _list_item(items: list[Any], position: str, dotted: str) -> Any:
-    if not position.isdigit() or int(position) >= len(items):
-        raise ConfigError(f"override {dotted}: {position!r} is no position in a list of {len(items)} (0-based).")
-    return items[int(position)]
+def _position(items: list[Any], parts: list[str], depth: int, override: str) -> int:
+    """Position that `parts[depth]` names in the list that `parts[:depth]` leads to."""
+    part, path = parts[depth], ".".join(parts[:depth])
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
+    rest = ".".join(parts[depth + 1 :]) if depth + 1 < len(parts) else part
+    named = [index for index, item in enumerate(items) if isinstance(item, dict) and item.get("name") == part]
+    example = f"{path}.{named[0] if named else 0}.{rest}"
+    hint = f"; its items are named by position, from 0, as in {example}=..." if items else "."
+    raise ConfigError(f"override {override!r}: {part!r} is no position in {path}, a list of {len(items)}{hint}")
+
+
+def _refuse_item(items: list[Any], parts: list[str], override: str) -> str:
+    """Why a list's item cannot be set as a whole."""
+    path, last = ".".join(parts[:-1]), len(parts) - 1
+    if items and not isinstance(items[0], dict):
+        return f"override {override!r}: {path} is a list of values; set all of it, as in {path}={items}."
+    position = _position(items, parts, last, override)
+    item = f"{path}.{position}"
+    return f"override {override!r}: {item} is a whole section; name a key in it, as in {item}.key=..."
 
 
 def _parse_value(text: str) -> Any:
@@ -96,29 +111,3 @@ def _parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _describe(problem: Any, where: str) -> str:
-    location = ".".join(str(part) for part in problem["loc"]) or "the whole file"
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        parent = ".".join(str(part) for part in problem["loc"][:-1])
-        hint = f"; did you mean {parent + '.' if parent else ''}{close[0]}?" if close else "."
-        return f"{where}: unknown key {location}{hint} Known here: {', '.join(known)}."
-    if problem["type"] == "missing":
-        return f"{where}: {location} is missing; add it."
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {location}: {message} (got {problem['input']!r})."
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section at `location`, walked through the models' annotations."""
-    model: type[BaseModel] = RunConfig
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation: Any = model.model_fields[part].annotation
-        nested = [item for item in (annotation, *get_args(annotation)) if isinstance(item, type)]
-        model = next(item for item in nested if issubclass(item, BaseModel))
-    return sorted(model.model_fields)

@@ -7,29 +7,7 @@ import pytest
 
 from m4v_dist.config.load import config_from_json, config_to_json, load_config, parse_config
 from m4v_dist.errors import ConfigError
-
-
-def run_values() -> dict[str, Any]:
-    """A small valid run."""
-    return {
-        "run": {"name": "test", "folder": "runs/test"},
-        "sources": [
-            {"name": "clips", "shards": "a-{0..1}.tar", "media": "video", "licence": "MIT"},
-            {"name": "unseen", "shards": "b.tar", "media": "video", "licence": "MIT", "split": "held_out"},
-        ],
-        "precompute": {"cache": "cache", "buckets": [{"height_px": 64, "width_px": 64}], "num_frames": 17},
-        "model": {"preset": "tiny"},
-        "curriculum": [
-            {
-                "name": "video",
-                "num_steps": 10,
-                "num_latents": 3,
-                "buckets": [{"height_px": 64, "width_px": 64}],
-                "weights": {"clips": 1.0},
-            }
-        ],
-        "launch": {"num_workers": 2},
-    }
+from tests.config.run_values import run_values
 
 
 def test_preset_fills_what_the_file_leaves_out_and_keys_override_it() -> None:
