@@ -170,7 +170,7 @@ class SlotPlanner:
     def _slot(self, stage: StagePlan, step: int, index: int, pick: Pick) -> Slot:
         record = stage.allowed[pick.source][pick.row]
         num_units = min(self.cache.rows(pick.source)[record].num_latents, stage.settings.num_latents)
-        columns = self._objective.stage_columns
+        columns = self._objective.pyramid_stage_columns
         # counted over the whole run: a step with fewer groups than columns would else never reach the last ones
         if self._shares_record(pick.source, stage.settings):
             turn_of_columns = step * (self.num_slots // self._group_size) + pick.group

@@ -202,7 +202,7 @@ class ObjectiveSettings(Settings):
     """Pyramid flow matching (arXiv 2410.05954)."""
 
     num_pyramid_stages: int = Field(default=3, ge=1, le=3, description="Resolution levels of the flow.")
-    stage_columns: tuple[int, ...] = Field(
+    pyramid_stage_columns: tuple[int, ...] = Field(
         default=(0, 1, 1, 2), description="Pyramid stage of each slot or sync group in turn; default is 1:2:1."
     )
     num_train_timesteps: PositiveInt = Field(default=1000, description="Steps of the training table.")
@@ -217,9 +217,9 @@ class ObjectiveSettings(Settings):
 
     @model_validator(mode="after")
     def _columns_fit(self) -> "ObjectiveSettings":
-        if not self.stage_columns or not all(0 <= s < self.num_pyramid_stages for s in self.stage_columns):
+        if not self.pyramid_stage_columns or not all(0 <= s < self.num_pyramid_stages for s in self.pyramid_stage_columns):
             raise ValueError(
-                f"stage_columns={self.stage_columns} must name pyramid stages 0..{self.num_pyramid_stages - 1}"
+                f"pyramid_stage_columns={self.pyramid_stage_columns} must name pyramid stages 0..{self.num_pyramid_stages - 1}"
             )
         return self
 

@@ -45,7 +45,7 @@ def test_override_reaches_a_list_item_and_a_missing_section(tmp_path: Path) -> N
         ("model", "preset", "huge", ["model.preset", "'tiny', 'small' or 'm4v_2b'", "'huge'"]),
         ("trainer", "global_batch_slots", 12, ["global_batch_slots=12", "sync_group=8", "use 16"]),
         ("trainer", "held_out_slots", 15, ["held_out_slots=15", "num_workers=2", "use 14"]),
-        ("objective", "stage_columns", [0, 3], ["stage_columns=(0, 3)", "0..2"]),
+        ("objective", "pyramid_stage_columns", [0, 3], ["pyramid_stage_columns=(0, 3)", "0..2"]),
         ("sampling", "height_px", 96, ["96x128 px", "multiples of 64"]),
         ("sampling", "first_unit_steps", [1, 2], ["first_unit_steps", "3 pyramid stages"]),
     ],

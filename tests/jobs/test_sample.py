@@ -138,7 +138,7 @@ def test_settings_of_another_training_are_exit_2_and_named(
 
 def test_another_number_of_pyramid_stages_is_named(run: str) -> None:
     tree = _config(run).model_dump(mode="json")
-    tree["objective"] |= {"num_pyramid_stages": 2, "stage_columns": [0, 1]}
+    tree["objective"] |= {"num_pyramid_stages": 2, "pyramid_stage_columns": [0, 1]}
     tree["sampling"] |= {"first_unit_steps": [1, 1], "later_unit_steps": [1, 1]}
     with pytest.raises(ConfigError, match="objective.num_pyramid_stages: 3 -> 2"):
         sample(parse_config(tree, where="test"), False)

@@ -237,7 +237,7 @@ def test_metrics_add_up_over_micro_batches_and_leave_fillers_out() -> None:
 @pytest.mark.parametrize("unit", [1, 2, 6])
 def test_the_true_velocity_has_no_loss(num_stages: int, unit: int) -> None:
     """The oracle of the sampler tests is the optimum of training: the two agree on what a velocity is."""
-    settings = ObjectiveSettings(num_pyramid_stages=num_stages, stage_columns=(0,))
+    settings = ObjectiveSettings(num_pyramid_stages=num_stages, pyramid_stage_columns=(0,))
     slots = [_slot(index, unit, index % num_stages) for index in range(6)]
     schedule = PyramidSchedule(num_stages, gamma=settings.gamma)
     oracle = Oracle(schedule, [_latents(slot).float()[:, -1:] for slot in slots])
