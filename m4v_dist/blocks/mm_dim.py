@@ -21,7 +21,7 @@ from m4v_dist.blocks.modulation import Modulation, gated, modulate
 from m4v_dist.blocks.recompose import invert, recompose, recomposition_plan
 from m4v_dist.blocks.ssm_mixer import build_ssm_mixer
 from m4v_dist.blocks.temporal_branch import TemporalBranch
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.schema import BlockMixer, KernelSettings, ModelSettings
 
 NUM_REGISTERS = 3
 """One register per pyramid level: quarter, half, full."""
@@ -79,9 +79,9 @@ class ParallelMixer(nn.Module):
         return attended_text + scanned_text, attended_video + scanned_video
 
 
-def build_mixer(settings: ModelSettings, kernels: KernelSettings, path: int) -> nn.Module:
-    """Return the mixer that the settings name, for a block whose zigzag path is `path`."""
-    match settings.mixer:
+def build_mixer(kind: BlockMixer, settings: ModelSettings, kernels: KernelSettings, path: int) -> nn.Module:
+    """Return the mixer of one block, whose zigzag path is `path`."""
+    match kind:
         case "attention":
             return AttentionMixer(settings.hidden_size, settings.num_heads, settings.rope_axes)
         case "ssm":
@@ -90,7 +90,12 @@ def build_mixer(settings: ModelSettings, kernels: KernelSettings, path: int) -> 
             attention = AttentionMixer(settings.hidden_size, settings.num_heads, settings.rope_axes)
             return ParallelMixer(attention, SsmTokenMixer(settings, kernels, path))
         case _:
-            assert_never(settings.mixer)
+            assert_never(kind)
+
+
+def zigzag_path(settings: ModelSettings, number: int) -> int:
+    """Path of block `number`: the SSMs take the paths in turn, so a hybrid of every second block meets all of them."""
+    return sum(kind != "attention" for kind in settings.block_mixers[:number]) % settings.num_zigzag_paths
 
 
 class UnifiedBlock(nn.Module):
@@ -99,16 +104,17 @@ class UnifiedBlock(nn.Module):
     Args:
         settings: widths and switches.
         kernels: which scan backend runs.
-        number: index among the unified blocks; picks the zigzag path.
+        number: index among the unified blocks; picks the mixer and the zigzag path.
     """
 
     def __init__(self, settings: ModelSettings, kernels: KernelSettings, number: int) -> None:
         super().__init__()
         width = settings.hidden_size
         self.modulation = Modulation(width, 3)
-        self.mixer = build_mixer(settings, kernels, number % settings.num_zigzag_paths)
-        # The branch belongs to MM-DiM: attention everywhere stays PyramidFlow's block.
-        has_branch = settings.has_temporal_branch and settings.mixer != "attention"
+        kind = settings.block_mixers[number]
+        self.mixer = build_mixer(kind, settings, kernels, zigzag_path(settings, number))
+        # The branch belongs to MM-DiM: an attention block stays PyramidFlow's.
+        has_branch = settings.has_temporal_branch and kind != "attention"
         self.temporal_branch = (
             TemporalBranch(width, settings.temporal_width, settings.temporal_heads) if has_branch else None
         )

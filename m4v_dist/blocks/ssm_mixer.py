@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from m4v_dist.config.schema import KernelSettings, SsmSettings
+from m4v_dist.errors import ConfigError
 from m4v_dist.kernels.conv1d import causal_conv1d
 from m4v_dist.kernels.scan import ssd_scan
 
@@ -28,6 +29,8 @@ def build_ssm_mixer(width: int, settings: SsmSettings, kernels: KernelSettings) 
     match settings.variant:
         case "mamba2":
             return SsmMixer(width, settings, kernels)
+        case "mil" | "mamba1":
+            raise ConfigError(f"model.ssm.variant={settings.variant!r} is not built yet; set it to 'mamba2'.")
         case _:
             assert_never(settings.variant)
 

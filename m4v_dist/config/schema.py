@@ -4,12 +4,22 @@ A field has a bound, a unit in its name and a sentence. What one section can kno
 needs several sections is checked by `config/validate.py`. Derived values are properties.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from m4v_dist.config.presets import fill_model
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
+BlockMixer = Literal["attention", "ssm", "parallel"]
+"""What one unified block mixes with."""
+Ablation = Literal[
+    "full_attention", "parallel", "full_mamba", "full_mamba_temporal",
+    "no_components", "text", "vision", "text_vision", "text_vision_temporal",
+    "post_half", "pre_half", "interleaved",
+]  # fmt: skip
+"""The rows of `presets.ABLATIONS`."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$")]
 
 
@@ -101,35 +111,23 @@ class KernelSettings(Settings):
 class SsmSettings(Settings):
     """The state-space mixer of a unified block (M4V paper, section 3.2)."""
 
-    variant: Literal["mamba2"] = Field(default="mamba2", description="mamba2: scalar decay per head.")
+    variant: Literal["mamba2", "mil", "mamba1"] = Field(
+        default="mamba2",
+        description="mamba2: one decay per head; mil: attention's weights and heads; mamba1: decays per channel. "
+        "In a model the variant alone fills in its sizes.",
+    )
     expand: PositiveInt = Field(default=2, description="Inner width over hidden width.")
-    head_dim: PositiveInt = Field(default=64, description="Width p of one head.")
+    head_dim: PositiveInt = Field(default=64, description="Width p of one head; 1 for mamba1.")
     state_dim: PositiveInt = Field(default=128, description="State size n of one head.")
-    num_groups: PositiveInt = Field(default=1, description="Groups that share B and C.")
+    num_groups: PositiveInt = Field(default=1, description="Groups that share B and C; mil has one per head.")
+    dt_rank: int = Field(default=0, ge=0, description="Rank of mamba1's step sizes; 0 for the others, which have none.")
     conv_width: int = Field(default=4, ge=2, le=4, description="Taps of the causal depthwise convolution.")
     chunk_size: PositiveInt = Field(default=256, description="Tokens of one chunk of the scan.")
     gate: Literal["silu", "sum"] = Field(default="silu", description="How the FC branch z joins the scan's output.")
 
 
-MODEL_PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 128, "num_heads": 2, "num_double_blocks": 4, "num_single_blocks": 8,
-        "text_width": 384, "pooled_width": 384, "temporal_width": 64, "temporal_heads": 2,
-        "ssm": {"expand": 2, "head_dim": 32, "state_dim": 32, "chunk_size": 64},
-    },
-    "small": {
-        "hidden_size": 512, "num_heads": 8, "num_double_blocks": 4, "num_single_blocks": 8,
-        "text_width": 384, "pooled_width": 384, "temporal_width": 128, "temporal_heads": 2,
-    },
-    "m4v_2b": {
-        "hidden_size": 1920, "num_heads": 30, "num_double_blocks": 8, "num_single_blocks": 16,
-        "text_width": 4096, "pooled_width": 768, "temporal_width": 512, "temporal_heads": 8,
-    },
-}  # fmt: skip
-
-
 class ModelSettings(Settings):
-    """The pyramid backbone; `preset` fills in what the file leaves out."""
+    """The pyramid backbone; `preset`, `ablation` and `ssm.variant` fill in what the file leaves out (`presets.py`)."""
 
     preset: Literal["tiny", "small", "m4v_2b"] = Field(default="tiny", description="Named sizes; keys here override.")
     hidden_size: PositiveInt = Field(description="Width d of the residual stream.")
@@ -144,7 +142,15 @@ class ModelSettings(Settings):
     has_temporal_mask: bool = Field(
         default=True, description="Attention reads no later frame; false is PyramidFlow's full-sequence training."
     )
-    mixer: Literal["attention", "ssm", "parallel"] = Field(default="ssm", description="Mixer of a unified block.")
+    ablation: Ablation | None = Field(
+        default=None,
+        description="A row of the paper's ablations: sets mixer and switches; keys that contradict it are refused.",
+    )
+    mixer: Literal["attention", "ssm", "parallel", "post_half", "pre_half", "interleaved"] = Field(
+        default="ssm",
+        description="Mixer of the unified blocks; post_half and pre_half: ssm in the later or earlier half, "
+        "interleaved: in every second block, and attention in the others.",
+    )
     ssm: SsmSettings = Field(default=SsmSettings(), description="The SSM mixer.")
     has_text_sandwich: bool = Field(default=True, description="Text before and after the frames, then summed.")
     has_registers: bool = Field(default=True, description="One learnable token in front of each frame.")
@@ -159,16 +165,7 @@ class ModelSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        # As text, since what the file gives may be a list, which no dict can look up.
-        preset = MODEL_PRESETS.get(str(values.get("preset", "tiny")))
-        if preset is None:
-            return values
-        merged = {**preset, **values}
-        if isinstance(values.get("ssm"), dict):
-            merged["ssm"] = {**preset.get("ssm", {}), **values["ssm"]}
-        return merged
+        return fill_model(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _widths_fit(self) -> "ModelSettings":
@@ -186,6 +183,53 @@ class ModelSettings(Settings):
         if self.temporal_width % self.temporal_heads:
             raise ValueError(f"temporal_width={self.temporal_width} is no multiple of {self.temporal_heads} heads")
         return self
+
+    @model_validator(mode="after")
+    def _ssm_is_of_its_variant(self) -> "ModelSettings":
+        ssm = self.ssm
+        got = {"expand": ssm.expand, "head_dim": ssm.head_dim, "state_dim": ssm.state_dim, "num_groups": ssm.num_groups}
+        match ssm.variant:
+            case "mil":
+                head = self.head_dim
+                needed = {"expand": 1, "head_dim": head, "state_dim": head, "num_groups": self.num_heads}
+            case "mamba1":
+                needed = {"head_dim": 1, "num_groups": 1}
+            case "mamba2":
+                needed = {}
+            case _:
+                assert_never(ssm.variant)
+        wrong = [f"ssm.{key}={got[key]} (it has {value})" for key, value in needed.items() if got[key] != value]
+        if (ssm.dt_rank > 0) != (ssm.variant == "mamba1"):
+            wrong.append(f"ssm.dt_rank={ssm.dt_rank} (only mamba1 has one, above 0)")
+        if wrong:
+            raise ValueError(
+                f"ssm.variant={ssm.variant!r} does not go with {', '.join(wrong)}; leave these keys out, the variant "
+                "fills them in"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hybrid_has_both(self) -> "ModelSettings":
+        if self.mixer in ("post_half", "pre_half", "interleaved") and self.num_single_blocks < 2:
+            raise ValueError(
+                f"mixer={self.mixer!r} needs at least 2 unified blocks, but num_single_blocks={self.num_single_blocks}"
+            )
+        return self
+
+    @property
+    def block_mixers(self) -> tuple[BlockMixer, ...]:
+        """Mixer of each unified block, first to last; of an odd number of blocks the middle one is an SSM's half."""
+        count = self.num_single_blocks
+        match self.mixer:
+            case "attention" | "ssm" | "parallel":
+                return (self.mixer,) * count
+            case "post_half":
+                return tuple("ssm" if number >= count // 2 else "attention" for number in range(count))
+            case "pre_half":
+                return tuple("ssm" if number < (count + 1) // 2 else "attention" for number in range(count))
+            case "interleaved":
+                return tuple("ssm" if number % 2 else "attention" for number in range(count))
+        assert_never(self.mixer)
 
     @property
     def head_dim(self) -> int:
@@ -217,9 +261,12 @@ class ObjectiveSettings(Settings):
 
     @model_validator(mode="after")
     def _columns_fit(self) -> "ObjectiveSettings":
-        if not self.pyramid_stage_columns or not all(0 <= s < self.num_pyramid_stages for s in self.pyramid_stage_columns):
+        if not self.pyramid_stage_columns or not all(
+            0 <= s < self.num_pyramid_stages for s in self.pyramid_stage_columns
+        ):
             raise ValueError(
-                f"pyramid_stage_columns={self.pyramid_stage_columns} must name pyramid stages 0..{self.num_pyramid_stages - 1}"
+                f"pyramid_stage_columns={self.pyramid_stage_columns} must name pyramid stages "
+                f"0..{self.num_pyramid_stages - 1}"
             )
         return self
 

@@ -36,7 +36,7 @@ def build_on_meta(model: ModelSettings, kernels: KernelSettings) -> PyramidModel
     Raises:
         ConfigError: the scan backend cannot run here.
     """
-    if model.mixer != "attention":
+    if any(kind != "attention" for kind in model.block_mixers):
         try:
             require_backend(kernels.backend)
         except BackendUnavailable as error:

@@ -23,11 +23,23 @@ def _settings(**options: Any) -> ModelSettings:
 
 def test_block_number_l_takes_path_l_modulo_the_number_of_paths() -> None:
     def paths(count: Any) -> list[int]:
-        blocks = [UnifiedBlock(_settings(num_zigzag_paths=count), KERNELS, number) for number in range(16)]
+        settings = _settings(num_zigzag_paths=count, num_single_blocks=16)
+        blocks = [UnifiedBlock(settings, KERNELS, number) for number in range(16)]
         return [block.mixer.path for block in blocks]  # type: ignore[union-attr, misc]
 
     assert paths(8) == [*range(8), *range(8)]
     assert paths(1) == [0] * 16
+
+
+@pytest.mark.parametrize("mixer", ["post_half", "pre_half", "interleaved"])
+def test_in_a_hybrid_the_ssms_take_all_paths_and_attention_blocks_have_no_branch(mixer: str) -> None:
+    settings = _settings(mixer=mixer, num_single_blocks=16)
+    blocks = [UnifiedBlock(settings, KERNELS, number) for number in range(16)]
+    scans = [block.mixer for block in blocks if isinstance(block.mixer, SsmTokenMixer)]
+    assert [scan.path for scan in scans] == list(range(8))
+    for block, kind in zip(blocks, settings.block_mixers, strict=True):
+        assert isinstance(block.mixer, SsmTokenMixer if kind == "ssm" else AttentionMixer)
+        assert (block.temporal_branch is not None) == (kind == "ssm")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +56,7 @@ def test_the_mixer_is_the_one_that_the_settings_name(mixer: str, kind: type, has
 
 def test_parallel_is_the_sum_of_both_mixers() -> None:
     layout = mixed_layout()
-    mixer = build_mixer(_settings(mixer="parallel"), KERNELS, 3)
+    mixer = build_mixer("parallel", _settings(), KERNELS, 3)
     initialize_weights(mixer, seed=0)
     assert isinstance(mixer, ParallelMixer)
     text, video = torch.randn(layout.num_text, 16), torch.randn(layout.num_video, 16)
@@ -56,7 +68,7 @@ def test_parallel_is_the_sum_of_both_mixers() -> None:
 def test_the_second_text_copy_reads_the_frames_and_the_first_does_not() -> None:
     layout = mixed_layout()
     for has_sandwich in (True, False):
-        mixer = build_mixer(_settings(has_text_sandwich=has_sandwich), KERNELS, 0)
+        mixer = build_mixer("ssm", _settings(has_text_sandwich=has_sandwich), KERNELS, 0)
         initialize_weights(mixer, seed=0)
         text, video = torch.randn(layout.num_text, 16), torch.randn(layout.num_video, 16)
         moved = (mixer(text, video + 1, layout)[0] - mixer(text, video, layout)[0]).abs().max() > 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m4v_dist.blocks.ssm_mixer import SsmMixer, build_ssm_mixer
 from m4v_dist.config.schema import KernelSettings, SsmSettings
+from m4v_dist.errors import ConfigError
 from m4v_dist.model.build import initialize_weights
 from tests.conftest import load_golden
 
@@ -103,5 +104,5 @@ def test_mixer_is_causal() -> None:
 def test_a_variant_without_a_mixer_is_never_built_as_another() -> None:
     settings = SsmSettings()
     assert isinstance(build_ssm_mixer(64, settings, KernelSettings()), SsmMixer)
-    with pytest.raises(AssertionError, match="mamba1"):
+    with pytest.raises(ConfigError, match="mamba1"):
         build_ssm_mixer(64, settings.model_copy(update={"variant": "mamba1"}), KernelSettings())

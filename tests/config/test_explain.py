@@ -6,7 +6,7 @@ import pytest
 
 from m4v_dist.config.explain import MAX_SHOWN
 from m4v_dist.config.load import load_config, parse_config
-from m4v_dist.config.schema import MODEL_PRESETS
+from m4v_dist.config.presets import MODEL_PRESETS
 from m4v_dist.errors import ConfigError
 from tests.config.run_values import run_values
 
