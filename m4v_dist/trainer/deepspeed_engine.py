@@ -191,7 +191,8 @@ class ZeroEngine:
         for gradients in self._zero.averaged_gradients.values():
             for gradient in gradients or ():
                 gradient.fill_(math.nan)
-        assert self.step(lr=0.0) is None, "a step with NaN gradients moved the weights"
+        norm = self.step(lr=0.0)
+        assert norm is None, "a step with NaN gradients moved the weights"
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""

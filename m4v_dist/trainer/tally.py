@@ -3,6 +3,7 @@
 Collected per rank as one float64 vector and summed over ranks once, so that a step costs one small reduction.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,33 @@ class Sums:
     full_tokens: dict[str, int]
     bad_records: int
     wants_stop: bool
+
+
+def train_row(
+    sums: Sums, seen: Mapping[str, int], *, norm: float | None, step_s: float, data_s: float, world_size: int
+) -> dict[str, float]:
+    """One training step as metrics.
+
+    Args:
+        sums: of the step.
+        seen: "samples/<source>" and "tokens/<source>" since the start of the run.
+        norm: of the gradient; None if the step was skipped, which is shown as NaN.
+        step_s, data_s: seconds in the step, and waiting for its data.
+        world_size: ranks.
+    """
+    row = {
+        "train/loss": sums.loss,
+        "train/grad_norm": math.nan if norm is None else norm,
+        "data/bad_records": sums.bad_records,
+        "timing/step_s": step_s,
+        "timing/data_s": data_s,
+        "perf/tokens_per_sec_per_gpu": sums.tokens / (step_s + data_s) / world_size,
+    }
+    row |= {f"train/{name}": value for name, value in sums.means.items()}
+    for name, count in seen.items():
+        kind, source = name.split("/", 1)
+        row[f"data/{source}/{kind}_seen"] = count
+    return row
 
 
 class Tally:

@@ -33,7 +33,7 @@ from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
 from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
 from m4v_dist.trainer.seams import Loader, Objective, StepBatch
-from m4v_dist.trainer.tally import Tally
+from m4v_dist.trainer.tally import Tally, train_row
 
 logger = logging.getLogger(__name__)
 
@@ -165,13 +165,8 @@ class Trainer:
         self.loader.enter(curriculum_stage.index, self.step)
         stage = {"curriculum_stage": settings.name, "start": curriculum_stage.start, "stop": curriculum_stage.stop}
         self._write("stage", self.step, {**stage, "freeze": list(settings.freeze)})
-        self._log(
-            "stage %s: steps %d to %d, from %s",
-            settings.name,
-            self.step,
-            curriculum_stage.stop,
-            self.saved or "the start",
-        )
+        span = f"steps {self.step} to {curriculum_stage.stop}"
+        self._log("stage %s: %s, from %s", settings.name, span, self.saved or "the start")
 
     def _train_stage(self, curriculum_stage: CurriculumStage) -> None:
         every = self.config.trainer
@@ -224,21 +219,9 @@ class Trainer:
             self.ledger.lost_s += step_s
         self.skipped.record(step=self.step, is_applied=norm is not None, loss=sums.loss)
         if self.step % self.config.logging.every_steps == 0:
-            row = {
-                "curriculum_stage": curriculum_stage.settings.name,
-                "train/loss": sums.loss,
-                "train/grad_norm": norm if norm is not None else math.nan,
-                "train/lr": rate,
-                "train/skipped_steps": self.skipped.total,
-                "data/bad_records": sums.bad_records,
-                "timing/step_s": step_s,
-                "timing/data_s": data_s,
-                "perf/tokens_per_sec_per_gpu": sums.tokens / (step_s + data_s) / self.mesh.world_size,
-            }
-            row |= {f"train/{name}": value for name, value in sums.means.items()}
-            row |= {f"data/{name}/samples_seen": self.seen[f"samples/{name}"] for name in self.sources}
-            row |= {f"data/{name}/tokens_seen": self.seen[f"tokens/{name}"] for name in self.sources}
-            self._write("train", self.step, row)
+            row = train_row(sums, self.seen, norm=norm, step_s=step_s, data_s=data_s, world_size=self.mesh.world_size)
+            row |= {"train/lr": rate, "train/skipped_steps": self.skipped.total}
+            self._write("train", self.step, {"curriculum_stage": curriculum_stage.settings.name, **row})
         # After the row, which says what was not finite.
         self.skipped.require_finite(step=self.step, loss=sums.loss)
         self.step += 1
