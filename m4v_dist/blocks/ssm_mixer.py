@@ -19,8 +19,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from m4v_dist.blocks.attention import HeadNorm
+from m4v_dist.blocks.mamba1_mixer import Mamba1Mixer
 from m4v_dist.config.schema import KernelSettings, SsmSettings
-from m4v_dist.errors import ConfigError
 from m4v_dist.kernels.conv1d import causal_conv1d
 from m4v_dist.kernels.scan import ssd_scan
 
@@ -36,7 +36,7 @@ def build_ssm_mixer(width: int, settings: SsmSettings, kernels: KernelSettings) 
         case "mil":
             return MilMixer(width, settings, kernels)
         case "mamba1":
-            raise ConfigError(f"model.ssm.variant={settings.variant!r} is not built yet; set it to 'mamba2'.")
+            return Mamba1Mixer(width, settings, kernels)
         case _:
             assert_never(settings.variant)
 

@@ -7,6 +7,7 @@ from m4v_dist.batch import derive_seed
 from m4v_dist.config.schema import KernelSettings, ModelSettings
 from m4v_dist.errors import ConfigError
 from m4v_dist.kernels.scan import BackendUnavailable, require_backend
+from m4v_dist.kernels.selective_scan import require_selective_backend
 from m4v_dist.model.pyramid import PyramidModel
 
 
@@ -38,7 +39,8 @@ def build_on_meta(model: ModelSettings, kernels: KernelSettings) -> PyramidModel
     """
     if any(kind != "attention" for kind in model.block_mixers):
         try:
-            require_backend(kernels.backend)
+            require = require_selective_backend if model.ssm.variant == "mamba1" else require_backend
+            require(kernels.backend)
         except BackendUnavailable as error:
             raise ConfigError(str(error)) from error
     with torch.device("meta"):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m4v_dist.blocks.ssm_mixer import SsmMixer, build_ssm_mixer
-from m4v_dist.config.schema import KernelSettings, SsmSettings
-from m4v_dist.errors import ConfigError
+from m4v_dist.blocks.mamba1_mixer import Mamba1Mixer
+from m4v_dist.blocks.ssm_mixer import MilMixer, SsmMixer, build_ssm_mixer
+from m4v_dist.config.schema import KernelSettings, ModelSettings, SsmSettings
 from m4v_dist.model.build import initialize_weights
 from tests.conftest import load_golden
 
@@ -101,8 +101,17 @@ def test_mixer_is_causal() -> None:
     assert (before[:, 20:] - after[:, 20:]).abs().amax(dim=(0, 2)).min() > 0
 
 
-def test_a_variant_without_a_mixer_is_never_built_as_another() -> None:
-    settings = SsmSettings()
-    assert isinstance(build_ssm_mixer(64, settings, KernelSettings()), SsmMixer)
-    with pytest.raises(ConfigError, match="mamba1"):
-        build_ssm_mixer(64, settings.model_copy(update={"variant": "mamba1"}), KernelSettings())
+@pytest.mark.parametrize(("variant", "kind"), [("mamba2", SsmMixer), ("mil", MilMixer), ("mamba1", Mamba1Mixer)])
+def test_a_variant_is_never_built_as_another(variant: str, kind: type) -> None:
+    settings = ModelSettings(ssm={"variant": variant})
+    assert type(build_ssm_mixer(settings.hidden_size, settings.ssm, KernelSettings())) is kind
+
+
+@pytest.mark.parametrize(("variant", "millions"), [("mamba2", 22.75), ("mil", 14.83), ("mamba1", 23.25)])
+def test_a_full_width_mixer_has_the_parameters_worked_out_for_it(variant: str, millions: float) -> None:
+    """Within 0.1%: mil's biases and norms, 7,838 of them, were not counted in its figure."""
+    settings = ModelSettings(preset="m4v_2b", ssm={"variant": variant})
+    with torch.device("meta"):
+        mixer = build_ssm_mixer(settings.hidden_size, settings.ssm, KernelSettings())
+    count = sum(parameter.numel() for parameter in mixer.parameters())
+    assert abs(count / 1e6 / millions - 1) < 1e-3
