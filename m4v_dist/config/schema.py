@@ -254,9 +254,13 @@ class ObjectiveSettings(Settings):
         default=1 / 3, gt=0, le=1 / 3, description="Block-noise parameter of the stage jump (correlation -gamma)."
     )
     cfg_dropout: Fraction = Field(default=0.1, description="Fraction of slots trained with the empty prompt.")
+    history_noise: Literal["by_step", "by_index"] = Field(
+        default="by_step",
+        description="What the noise on history grows with, linearly: the training step, or the latent's place in time.",
+    )
     history_noise_max: Fraction = Field(default=1 / 3, description="Ceiling of the noise on history latents.")
     history_noise_ramp_steps: int = Field(
-        default=10_000, ge=0, description="Steps over which that ceiling grows from 0."
+        default=10_000, ge=0, description="Steps over which that ceiling grows from 0; by_step only."
     )
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ Legend: `c` channels, `t` latents in time, `h` `w` grid; K pyramid stages; r rat
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class SlotDraws:
     Args:
         position: scalar in [0, 1), picks the entry of the stage's training table.
         text_drop: scalar in [0, 1); below `cfg_dropout` the prompt is replaced by the empty one.
-        history_level: scalar in [0, 1), times the ceiling is the noise fraction on all history of the slot.
+        history_level: scalar in [0, 1), times the ceiling is the noise fraction on the slot's history.
         noise: c t h w, N(0, 1), of the noisy clip at full size.
         history_noise: one per history clip, old to new, N(0, 1) on the clip's own grid.
     """
@@ -119,6 +120,7 @@ def make_column(
     pyramid_stage: int,
     schedule: PyramidSchedule,
     history_ceiling: float,
+    is_history_noise_by_index: bool = False,
 ) -> NoisyColumn:
     """Noise one slot: pure arithmetic on given draws.
 
@@ -130,8 +132,10 @@ def make_column(
         pyramid_stage: stage of the flow.
         schedule: sigmas and tables.
         history_ceiling: largest noise fraction on history.
+        is_history_noise_by_index: that fraction is the newest latent's, and older ones get less (`add_history_noise`).
     """
-    noisy_history = add_history_noise(history, draws.history_noise, float(draws.history_level) * history_ceiling)
+    level = float(draws.history_level) * history_ceiling
+    noisy_history = add_history_noise(history, draws.history_noise, level, is_by_index=is_history_noise_by_index)
     start, end = flow_ends(clean, draws.noise, pyramid_stage, schedule)
     # The product is float32 as in the reference: the last bit decides the entry at a border.
     index = min(int(draws.position.cpu() * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
@@ -243,7 +247,6 @@ class PyramidFlowMatching:
         history, clean = latents[:, :-1], latents[:, -1:]
         clips, levels = history_clips(history, slot.pyramid_stage, self.schedule.num_stages)
         draws = draw_slot(slot.seed, clean.shape, [clip.shape for clip in clips], device)
-        settings = self.settings
         column = make_column(
             clips,
             levels,
@@ -251,11 +254,20 @@ class PyramidFlowMatching:
             draws,
             pyramid_stage=slot.pyramid_stage,
             schedule=self.schedule,
-            history_ceiling=history_noise_ceiling(
-                slot.step, settings.history_noise_max, settings.history_noise_ramp_steps
-            ),
+            history_ceiling=self._history_ceiling(slot.step),
+            is_history_noise_by_index=self.settings.history_noise == "by_index",
         )
-        return column, float(draws.text_drop) < settings.cfg_dropout
+        return column, float(draws.text_drop) < self.settings.cfg_dropout
+
+    def _history_ceiling(self, step: int) -> float:
+        settings = self.settings
+        match settings.history_noise:
+            case "by_step":
+                return history_noise_ceiling(step, settings.history_noise_max, settings.history_noise_ramp_steps)
+            case "by_index":
+                return settings.history_noise_max
+            case _:
+                assert_never(settings.history_noise)
 
     def _metrics(
         self, batch: LatentBatch, noisy: Sequence[NoisyColumn], dropped: Sequence[bool], slot_losses: Tensor

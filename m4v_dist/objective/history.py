@@ -13,6 +13,8 @@ coarsest, K - 1 full size).
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from einops import rearrange
 from torch import Tensor
 
 from m4v_dist.objective.pyramid_schedule import downsample
@@ -195,22 +197,27 @@ def num_segment_tokens(
 
 
 def history_noise_ceiling(step: int, maximum: float, ramp_steps: int) -> float:
-    """Return the largest noise fraction on history at a training step.
+    """Return the largest noise fraction on history at a training step, for `objective.history_noise = "by_step"`.
 
-    The paper has "linearly increasing noise" on conditional frames to steady early training; read here as a ceiling
+    The paper has "linearly increasing noise" on conditional frames to steady early training. This reads it as a ceiling
     that grows linearly with the step, from 0 at step 0 to `maximum` at `ramp_steps` and after. `ramp_steps` 0 means
-    no ramp.
+    no ramp. `add_history_noise` has the other reading, in which noise grows along the clip.
     """
     return maximum if ramp_steps == 0 else maximum * min(1.0, step / ramp_steps)
 
 
-def add_history_noise(clips: Sequence[Tensor], noise: Sequence[Tensor], level: float) -> tuple[Tensor, ...]:
-    """Mix noise into history: each clip becomes level * noise + (1 - level) * clip.
+def add_history_noise(
+    clips: Sequence[Tensor], noise: Sequence[Tensor], level: float, *, is_by_index: bool = False
+) -> tuple[Tensor, ...]:
+    """Mix noise into history: each latent becomes c * noise + (1 - c) * latent.
 
     Args:
-        clips: c t h w each.
+        clips: c t h w each, old to new.
         noise: one per clip, of its shape; fresh for each clip.
-        level: noise fraction in [0, 1], one for all clips of a column.
+        level: noise fraction in [0, 1] of the column.
+        is_by_index: c grows linearly with the latent's place in time: latent j of i (from 0, over all clips) gets
+            level * (j + 1) / i, so that the newest has `level`, as the errors of an auto-regressive sampler grow with
+            each latent. Otherwise c is `level` for all.
 
     Raises:
         ValueError: noise that does not match the clips.
@@ -218,4 +225,16 @@ def add_history_noise(clips: Sequence[Tensor], noise: Sequence[Tensor], level: f
     shapes, noise_shapes = [tuple(clip.shape) for clip in clips], [tuple(part.shape) for part in noise]
     if shapes != noise_shapes:
         raise ValueError(f"history noise: clips have shapes {shapes}, but the noise {noise_shapes}; draw one for each.")
-    return tuple(level * part + (1.0 - level) * clip for clip, part in zip(clips, noise, strict=True))
+    levels = _levels_by_index(clips, level) if is_by_index else [level] * len(clips)
+    return tuple(c * part + (1.0 - c) * clip for c, clip, part in zip(levels, clips, noise, strict=True))
+
+
+def _levels_by_index(clips: Sequence[Tensor], level: float) -> list[Tensor]:
+    """Per clip, t 1 1: the noise fraction of each of its latents, growing over all clips up to `level`."""
+    num_history = sum(clip.shape[1] for clip in clips)
+    first, levels = 0, []
+    for clip in clips:
+        places = torch.arange(first + 1, first + clip.shape[1] + 1, device=clip.device)
+        levels.append(rearrange(level * places / num_history, "t -> t 1 1"))
+        first += clip.shape[1]
+    return levels

@@ -220,6 +220,31 @@ def test_history_is_clean_at_step_zero_and_noisy_after_the_ramp() -> None:
     assert deviations[2] == pytest.approx(2 * deviations[1], rel=1e-4)
 
 
+def test_history_noise_by_index_needs_no_ramp_and_spares_the_oldest() -> None:
+    columns: list[tuple[Tensor, ...]] = []
+
+    def model(model_input: ModelInput) -> list[Tensor]:
+        columns.extend(column.clips for column in model_input.columns)
+        return [column.clips[-1] for column in model_input.columns]
+
+    slot = _slot(0, 5, 2)
+    by_index = ObjectiveSettings(history_noise="by_index", history_noise_max=0.5, history_noise_ramp_steps=10)
+    for settings in (by_index, SETTINGS.model_copy(update={"history_noise_max": 0.5})):
+        for step in (0, 1000):
+            PyramidFlowMatching(settings, lambda x: x)(model, _batch([replace(slot, step=step)]))
+    start, later, by_step = columns[0], columns[1], columns[2]
+    assert all(torch.equal(one, other) for one, other in zip(start, later, strict=True))
+    clean, _ = history_clips(_latents(slot).float()[:, :-1], 2, 3)
+    shares = [
+        ours / even
+        for clip, other, exact in zip(start[:-1], by_step[:-1], clean, strict=True)
+        for ours, even in zip((clip - exact).abs().mean((0, 2, 3)), (other - exact).abs().mean((0, 2, 3)), strict=True)
+    ]
+    # noise fraction c moves a latent by c * (noise - latent), and both readings draw the same noise
+    torch.testing.assert_close(torch.stack(shares), torch.tensor([0.25, 0.5, 0.75, 1.0]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(start[-1], by_step[-1])
+
+
 def test_metrics_add_up_over_micro_batches_and_leave_fillers_out() -> None:
     slots = [_slot(0, 1, 0), _slot(1, 3, 1), _slot(2, 5, 2), _slot(3, 2, 1)]
     objective = PyramidFlowMatching(SETTINGS, lambda x: x)

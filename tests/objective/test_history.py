@@ -154,3 +154,59 @@ def test_history_noise_is_a_mixture_of_clip_and_noise() -> None:
     torch.testing.assert_close(mixed, 0.25 * noise + 0.75 * clip)
     with pytest.raises(ValueError, match="draw one for each"):
         add_history_noise([clip], [noise[:, :1]], 0.25)
+
+
+def test_history_noise_by_index_grows_over_all_latents_up_to_the_level() -> None:
+    """Latent j of i gets level * (j + 1) / i, counted over the clips, whatever their grids."""
+    clips = [torch.zeros(2, 3, 2, 2), torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 8, 8)]
+    noise = [torch.ones_like(clip) for clip in clips]
+    mixed = add_history_noise(clips, noise, 0.5, is_by_index=True)
+    fractions = [float(latent.mean()) for clip in mixed for latent in clip.unbind(1)]
+    assert fractions == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    clean = add_history_noise(noise, clips, 0.5, is_by_index=True)
+    assert [float(latent.mean()) for clip in clean for latent in clip.unbind(1)] == pytest.approx(
+        [0.9, 0.8, 0.7, 0.6, 0.5]
+    )
+
+
+def test_history_noise_of_one_latent_is_the_same_in_both_readings() -> None:
+    clip, noise = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    (by_index,) = add_history_noise([clip], [noise], 0.25, is_by_index=True)
+    torch.testing.assert_close(by_index, add_history_noise([clip], [noise], 0.25)[0])
+    assert add_history_noise([], [], 0.25, is_by_index=True) == ()
+
+
+def _rows_of_every_member(num_units: int, group_size: int, num_stages: int) -> list[list[int]]:
+    """Units of each stage, per turn and member, over as many turns as it takes until the walk repeats."""
+    return [
+        [choose_unit(num_units, group_size, member, turn, stage, num_stages) for stage in range(num_stages)]
+        for turn in range(num_units)
+        for member in range(group_size)
+    ]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 8, 16])
+def test_every_unit_meets_every_stage_equally_often_for_any_length(group_size: int, num_stages: int) -> None:
+    """Lengths up to the paper's 31 latents and past it, whether or not the group divides them."""
+    for num_units in range(1, 34):
+        rows = _rows_of_every_member(num_units, group_size, num_stages)
+        for stage in range(num_stages):
+            counts = Counter(row[stage] for row in rows)
+            assert counts == dict.fromkeys(range(1, num_units + 1), group_size), (num_units, stage)
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 4, 8, 16])
+def test_rows_stay_balanced_in_tokens_for_any_length(group_size: int) -> None:
+    """A row of [low, mid, mid, high] stays far from one whose columns are all at the last unit.
+
+    The finest column's unit u meets the coarser ones' T + 1 - u, wherever the turn stands: one long history a row.
+    """
+    for num_units in range(1, 34):
+        rows = _rows_of_every_member(num_units, group_size, 3)
+        assert all(row[0] == row[1] == num_units + 1 - row[2] for row in rows)
+        tokens = [sum(num_segment_tokens(row[stage], stage, 3, (48, 80), 2) for stage in (0, 1, 1, 2)) for row in rows]
+        worst = sum(num_segment_tokens(num_units, stage, 3, (48, 80), 2) for stage in (0, 1, 1, 2))
+        assert max(tokens) <= worst
+        if num_units >= 8:
+            assert max(tokens) < 0.9 * worst and max(tokens) < 2 * min(tokens)
