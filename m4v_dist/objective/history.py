@@ -225,7 +225,7 @@ def add_history_noise(
     shapes, noise_shapes = [tuple(clip.shape) for clip in clips], [tuple(part.shape) for part in noise]
     if shapes != noise_shapes:
         raise ValueError(f"history noise: clips have shapes {shapes}, but the noise {noise_shapes}; draw one for each.")
-    levels = _levels_by_index(clips, level) if is_by_index else [level] * len(clips)
+    levels: Sequence[float | Tensor] = _levels_by_index(clips, level) if is_by_index else [level] * len(clips)
     return tuple(c * part + (1.0 - c) * clip for c, clip, part in zip(levels, clips, noise, strict=True))
 
 
