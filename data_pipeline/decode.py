@@ -20,14 +20,17 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
 
+from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.video_file import (
     Frames,
     MediaError,
@@ -43,7 +46,12 @@ IMAGE_KINDS = frozenset({"jpg", "jpeg", "png", "webp"})
 _TEMPORAL_STRIDE = 8
 _WRONG_FRAME_MAGIC = {b"\x00\x00\x01\xba": "MPEG program stream", b"\x30\x26\xb2\x75": "ASF (WMV)"}
 _SOURCE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
+_ADDRESS = re.compile(r" ?@? ?\b0x[0-9a-f]{6,}")
+_MAX_REASON_CHARS = 300
+_MAX_TAIL_CHARS = 500
 _REPLY_GRACE_S = 5.0
+_EXIT_GRACE_S = 5.0
+"""How long a child that closed its pipe may take to end by itself."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,7 @@ def decode_clip(data: bytes, kind: str, rule: DecodeRule) -> DecodedClip:
 
     Raises:
         DecodeError: it cannot be decoded, or fewer frames came than were asked for.
+        ConfigError: decord is missing or broken.
     """
     try:
         if kind in IMAGE_KINDS:
@@ -154,9 +163,7 @@ def _decode_pictures(frames: Frames, source_fps: float, rule: DecodeRule) -> Dec
 def _decode_video(data: bytes, rule: DecodeRule) -> DecodedClip:
     import io
 
-    import decord
-    from decord import DECORDError
-
+    decord = _import_decord()
     _refuse_wrong_frame_containers(data)
     try:
         probe = decord.VideoReader(io.BytesIO(data), num_threads=1)
@@ -171,13 +178,47 @@ def _decode_video(data: bytes, rule: DecodeRule) -> DecodedClip:
         indices, fps = choose_frames(num_frames, source_fps, rule)
         reader = decord.VideoReader(io.BytesIO(data), width=cover_width, height=cover_height, num_threads=1)
         frames = reader.get_batch(indices).asnumpy()
-    except (DECORDError, RuntimeError, IndexError, ValueError) as error:
-        raise DecodeError(f"decord: {_printable(error)}") from error
+    except (decord.DECORDError, RuntimeError, IndexError, ValueError) as error:
+        raise DecodeError(f"decord: {_printable(str(error))[:_MAX_REASON_CHARS]}") from error
     if frames.shape != (len(indices), cover_height, cover_width, 3):
         raise DecodeError(
             f"decord gave frames {frames.shape} where {(len(indices), cover_height, cover_width, 3)} were asked for"
         )
     return DecodedClip(centre_crop(frames, *bucket), fps, bucket, (height, width), num_frames, source_fps)
+
+
+def _import_decord() -> ModuleType:
+    """Load decord.
+
+    Raises:
+        ConfigError: it is missing, or a library of it is; that is no fault of the clip at hand.
+    """
+    try:
+        import decord
+    # ctypes raises OSError, and decord itself RuntimeError, for a library that is not there
+    except (ImportError, OSError, RuntimeError) as error:
+        raise _broken_decord(f"{type(error).__name__}: {error}") from error
+    module: ModuleType = decord
+    return module
+
+
+def require_decord() -> None:
+    """Check, in a process of its own, that decord can be imported: a broken library may kill who loads it.
+
+    Raises:
+        ConfigError: it cannot, with what the process said.
+    """
+    command = [sys.executable, "-c", "import decord"]
+    found = subprocess.run(command, env=_child_environment(), capture_output=True, check=False)
+    if found.returncode:
+        raise _broken_decord(_with_tail(_exit_reason(found.returncode), found.stderr))
+
+
+def _broken_decord(reason: str) -> ConfigError:
+    return ConfigError(
+        f"decord cannot be imported ({reason}), and it decodes all video; install it on every node, as pyproject.toml "
+        "names it."
+    )
 
 
 def _refuse_wrong_frame_containers(data: bytes) -> None:
@@ -189,13 +230,14 @@ def _refuse_wrong_frame_containers(data: bytes) -> None:
         raise DecodeError(f"container is {name}, from which decord returns wrong frames; remux it to mp4 or mkv")
 
 
-def _printable(error: BaseException) -> str:
-    """First 300 printable characters, without what differs from run to run.
+def _printable(text: str) -> str:
+    """One line of printable characters, without what differs from run to run.
 
-    decord's messages carry the time of day and its build's source path, and end in raw bytes of the file.
+    decord's messages carry the time of day and its build's source path, and end in raw bytes of the file; FFmpeg's
+    carry addresses.
     """
-    text = _SOURCE_LINE.sub("", " ".join(str(error).split()))
-    return "".join(char if char.isascii() and char.isprintable() else "?" for char in text)[:300]
+    line = _ADDRESS.sub("", _SOURCE_LINE.sub("", " ".join(text.split())))
+    return "".join(char if char.isascii() and char.isprintable() else "?" for char in line)
 
 
 class DecoderPool:
@@ -223,7 +265,11 @@ class DecoderPool:
         self.close()
 
     def decode_all(self, clips: Iterable[tuple[bytes, str]]) -> Iterator[DecodedClip | DecodeError]:
-        """Decode (bytes, kind) pairs in order, a few ahead of the reader; yields a clip, or its error, for each."""
+        """Decode (bytes, kind) pairs in order, a few ahead of the reader; yields a clip, or its error, for each.
+
+        Raises:
+            ConfigError: decord is missing or broken on this machine.
+        """
         if self._executor is None:
             self._executor = ThreadPoolExecutor(self._num_processes, thread_name_prefix="decode")
             for _ in range(self._num_processes):
@@ -241,6 +287,7 @@ class DecoderPool:
 
         Raises:
             DecodeError: it failed, was too slow, or killed its child.
+            ConfigError: decord is missing or broken on this machine.
         """
         (result,) = self.decode_all([(data, kind)])
         if isinstance(result, DecodeError):
@@ -266,16 +313,21 @@ class DecoderPool:
 
 
 class _Child:
-    """One decoder process and the parent's end of its pipes."""
+    """One decoder process, the parent's end of its pipes, and a file that takes what it prints.
+
+    A file, because nobody need drain it while a clip is decoded; it is emptied before each clip.
+    """
 
     def __init__(self, timeout_s: float, rule: DecodeRule) -> None:
         self._timeout_s = timeout_s
         self._rule = rule
         self._process: subprocess.Popen[bytes] | None = None
+        self._printed: IO[bytes] | None = None
 
     def decode(self, data: bytes, kind: str) -> DecodedClip:
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
+        self._forget_printed()
         was_killed = threading.Event()
 
         def kill() -> None:
@@ -288,14 +340,17 @@ class _Child:
             _send(process.stdin, {"kind": kind, "size": len(data), "timeout_s": self._timeout_s}, data)
             reply, payload = _receive(process.stdout)
         except (BrokenPipeError, EOFError) as error:
-            self.stop()
+            timer.cancel()
+            reason = self._await_end(process)
             if was_killed.is_set():
                 raise DecodeError(f"decoder was killed after timeout_s={self._timeout_s:g}") from error
-            raise DecodeError(f"decoder died: {_exit_reason(process.returncode)}") from error
+            raise DecodeError(f"decoder died: {reason}") from error
         finally:
             timer.cancel()
         if was_killed.is_set():
             self.stop()
+        if "broken_install" in reply:
+            raise ConfigError(reply["broken_install"])
         if "error" in reply:
             raise DecodeError(reply["error"])
         return DecodedClip(
@@ -308,26 +363,59 @@ class _Child:
         )
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # a Ray worker's path is set inside the process, so the child is told it
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        self._printed = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (lives as long as the child)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "data_pipeline.decode", json.dumps(asdict(self._rule))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._printed, env=_child_environment(),
         )  # fmt: skip
         return self._process
+
+    def _forget_printed(self) -> None:
+        """Empty the file; the child shares its offset, so that what it prints next stands at the start."""
+        assert self._printed is not None
+        self._printed.seek(0)
+        self._printed.truncate()
+
+    def _await_end(self, process: "subprocess.Popen[bytes]") -> str:
+        """Let a process that closed its pipe end, and say how it did and what it printed last.
+
+        To kill it at once would make every death a SIGKILL: the pipe closes before the process has its exit code.
+        """
+        assert self._printed is not None
+        try:
+            reason = _exit_reason(process.wait(_EXIT_GRACE_S))
+        except subprocess.TimeoutExpired:
+            reason = f"it closed its pipe, ran on for {_EXIT_GRACE_S:g} s, and was killed"
+        size, most = os.fstat(self._printed.fileno()).st_size, 8 * _MAX_TAIL_CHARS
+        tail = os.pread(self._printed.fileno(), most, max(0, size - most))
+        self.stop()
+        return _with_tail(reason, tail)
 
     def stop(self) -> None:
         """Kill the process, if any, and wait for it; the next clip starts a fresh one."""
         if self._process is None:
             return
         self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._process.stdin, self._process.stdout, self._printed):
             if pipe is not None:
                 # what was still unsent belonged to the clip that is given up
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
         self._process.wait()
-        self._process = None
+        self._process = self._printed = None
+
+
+def _child_environment() -> dict[str, str]:
+    # a Ray worker's path is set inside the process, so the child is told it
+    path = os.pathsep.join(filter(None, sys.path))
+    # tracebacks without underlines: their room is scarce
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONNODEBUGRANGES": "1"}
+
+
+def _with_tail(reason: str, printed: bytes) -> str:
+    """A reason with the end of what the process printed, if it printed anything."""
+    tail = _printable(printed.decode("utf-8", "replace"))[-_MAX_TAIL_CHARS:]
+    return f"{reason}: {tail}" if tail else reason
 
 
 def _exit_reason(code: int | None) -> str:
@@ -368,6 +456,8 @@ def serve(rule: DecodeRule, requests: IO[bytes], replies: IO[bytes]) -> None:
             clip = decode_clip(data, header["kind"], rule)
         except DecodeError as error:
             reply, payload = {"error": str(error)}, b""
+        except ConfigError as error:
+            reply, payload = {"broken_install": str(error)}, b""
         else:
             reply, payload = _describe(clip), clip.frames.tobytes()
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -29,6 +29,7 @@ from data_pipeline.precompute_plan import (
     committed_outcome,
     describe_cache,
     plan_tasks,
+    require_decoder,
     require_same_settings,
 )
 from data_pipeline.precompute_report import write_report
@@ -67,7 +68,8 @@ def run_precompute(
         run_shards: does the work; None takes `run_on_ray`.
 
     Raises:
-        ConfigError: the text encoder cannot be built, or no node of the cluster holds an actor.
+        ConfigError: the text encoder cannot be built, decord cannot be imported, or no node of the cluster holds an
+            actor.
         DataError: a shard is missing or cannot be read or written, the cache was made with other settings, no clip was
             kept, or more than `max_bad_fraction` of the clips are quarantined or of the shards are damaged (the report
             is written first).
@@ -87,6 +89,7 @@ def run_precompute(
         logger.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
         return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
     logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
+    require_decoder(pending)
     null_text = _null_text(plan)
     _remove_leftovers(cache)
     done_now: dict[str, ShardOutcome] = {}

@@ -7,10 +7,11 @@ is stored in its index fragment, so that a restart knows what it may skip.
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.decode import DecodeRule
+from data_pipeline.decode import DecodeRule, require_decord
 from data_pipeline.latent_cache import FORMAT_VERSION, index_path, read_manifest, require_fingerprint, shard_path
 from data_pipeline.manifest import list_shards, read_index
 from data_pipeline.pack import count_records
@@ -162,6 +163,16 @@ def _input_fingerprint(path: str) -> str:
     return f"{size}-{hashlib.blake2b(ends, digest_size=16).hexdigest()}"
 
 
+def require_decoder(tasks: Iterable[ShardTask]) -> None:
+    """Check that what the tasks need to decode can be imported here; stills need nothing that could be missing.
+
+    Raises:
+        ConfigError: decord is missing or broken.
+    """
+    if any(task.media == "video" for task in tasks):
+        require_decord()
+
+
 def committed_outcome(cache: str, task: ShardTask) -> ShardOutcome | None:
     """The outcome of a shard that is committed with this very input and settings, else None."""
     path = index_path(cache, task.name)
@@ -178,23 +189,26 @@ def describe_plan(plan: PrecomputePlan) -> str:
 
     Raises:
         DataError: a shard is missing or is no tar; the cache has other settings.
+        ConfigError: decord is missing or broken, and there is video to decode.
     """
     description = describe_cache(plan)
     existing = read_manifest(plan.precompute.cache)
     if existing is not None:
         require_same_settings(plan.precompute.cache, existing, description)
     tasks = plan_tasks(plan, description)
+    todo = [task for task in tasks if committed_outcome(plan.precompute.cache, task) is None]
+    require_decoder(todo)
     largest = max(plan.precompute.buckets, key=lambda bucket: bucket.height_px * bucket.width_px)
     grid = largest.height_px * largest.width_px // description["spatial_stride"] ** 2
     longest = (plan.precompute.num_frames - 1) // description["temporal_stride"] + 1
     lines, total = [f"{'source':<20}{'shards':>8}{'to do':>8}{'clips':>10}{'at most MiB':>14}"], 0.0
     for source in plan.sources:
         of_source = [task for task in tasks if task.source == source.name]
-        todo = sum(committed_outcome(plan.precompute.cache, task) is None for task in of_source)
+        num_todo = sum(task.source == source.name for task in todo)
         clips = sum(count_records(task.path) for task in of_source)
         latents = longest if source.media == "video" else 1
         mib = clips * latents * grid * description["latent_channels"] * 2 / 2**20
         total += mib
-        lines.append(f"{source.name:<20}{len(of_source):>8}{todo:>8}{clips:>10}{mib:>14.1f}")
+        lines.append(f"{source.name:<20}{len(of_source):>8}{num_todo:>8}{clips:>10}{mib:>14.1f}")
     lines.append(f"latents of the whole cache: at most {total:.1f} MiB in {plan.precompute.cache}, text beside it")
     return "\n".join(lines)

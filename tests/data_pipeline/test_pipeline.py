@@ -6,8 +6,8 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from data_pipeline.latent_cache import LatentCache, shard_path
 from data_pipeline.manifest import list_shards
 from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.pipeline import collect, require_room_for_an_actor, run_precompute
-from data_pipeline.precompute_plan import PrecomputePlan, describe_plan, plan_tasks
+from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask, describe_plan, plan_tasks
 from data_pipeline.shard_actor import ShardActor
 from m4v_dist import storage
 from m4v_dist.config.schema import (
@@ -35,7 +35,7 @@ from m4v_dist.frozen.video_file import encode_mp4, encode_png
 from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.launch.ray_session import ray_session
 from tests.data_pipeline.made_cache import moving_blocks
-from tests.data_pipeline.run_here import run_here
+from tests.data_pipeline.run_here import run_here, run_shards
 
 
 @pytest.fixture(scope="module")
@@ -373,3 +373,35 @@ def test_a_file_beside_the_shards_that_is_gone_is_written_again(name: str, shard
     assert not result.did_nothing and result.report["num_shards_this_run"] == 0
     LatentCache.open(plan.precompute.cache)
     assert run_here(plan).did_nothing
+
+
+def test_a_broken_decord_ends_the_job_before_any_work(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "decord.py").write_text("raise ImportError('no libdecord here')")
+    monkeypatch.syspath_prepend(str(tmp_path / "broken"))
+    plan = make_plan(shards, tmp_path / "cache")
+    with pytest.raises(ConfigError, match="no libdecord here"):
+        run_precompute(plan, no_session)
+    with pytest.raises(ConfigError, match="no libdecord here"):
+        describe_plan(plan)
+    assert not (tmp_path / "cache").exists()
+    # stills go without it
+    run_here(replace(plan, sources=plan.sources[1:]))
+
+
+def test_a_decord_that_is_broken_on_a_worker_alone_quarantines_nothing(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(shards, tmp_path / "cache")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "decord.py").write_text("raise ImportError('no libdecord here')")
+
+    def on_a_broken_node(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
+        monkeypatch.syspath_prepend(str(tmp_path / "broken"))
+        return run_shards(plan, pending)
+
+    with pytest.raises(ConfigError, match="2 of 3 shards could not be done .*no libdecord here"):
+        run_precompute(plan, nullcontext, on_a_broken_node)
+    assert not (tmp_path / "cache" / "quarantine.txt").exists()
