@@ -30,6 +30,7 @@ def main(
     description: str,
     argv: Sequence[str] | None = None,
     preflight: Preflight | None = None,
+    writes: bool = True,
 ) -> int:
     """Parse the command line, run `verb`, report; return the exit code.
 
@@ -39,6 +40,7 @@ def main(
         description: one sentence for `--help`.
         argv: arguments; None takes the process's.
         preflight: what must hold before the run folder is touched.
+        writes: False for a verb that writes nothing: the run folder is not asked for, and gets no `result.json`.
 
     Raises:
         BaseException: what is no JobError passes through, once `result.json` says so.
@@ -51,7 +53,7 @@ def main(
         check_kept(config, os.getcwd())
         if preflight is not None:
             preflight(config)
-        if not arguments.dry_run:
+        if writes and not arguments.dry_run:
             check_writable(config.run.folder)
             result.open(config.run.folder)
         reason, exit_code = verb(config, arguments.dry_run), 0

@@ -7,7 +7,7 @@ from string import Template
 
 import pytest
 
-from jobs import cli, demo, fit_codec
+from jobs import benchmark, cli, demo, fit_codec
 from m4v_dist.config.load import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +58,8 @@ def test_a_shown_command_names_a_verb_and_settings_that_load(
     if verb in NO_CONFIG:
         fit_codec.parse_arguments(arguments)
         return
+    if verb == "benchmark":
+        arguments = tuple(benchmark.parse_subject(arguments)[1])
     parsed = cli.parse_arguments(verb, "", arguments, default_config=demo.CONFIG if verb == "demo" else None)
     load_config(parsed.config, parsed.overrides)
 

@@ -1,0 +1,325 @@
+"""FLOPs of the pyramid backbone by arithmetic: the only source of FLOPs figures; nothing here runs a model.
+
+Counted are matrix products (2 FLOPs a multiply-add), convolutions (likewise) and the selective scan's recurrence.
+Left out are norms, rotations, activations, gates and index moves: one pass over the activations each. What a kernel
+computes and throws away (masked halves of a chunk) counts as the algorithm has it; what the plain torch backend does on
+top is `chunked_scan_overhead`.
+
+Held against `torch.utils.flop_counter` in `tests/model/test_flops.py`. The paper's own figures: `model/paper_flops.py`.
+
+Source: M4V paper, MM-DiM; PyramidFlow flux_modules/ at 3040d71 for the layers; Mamba-2 (Dao & Gu 2024), section 6, for
+the chunked scan; Mamba (Gu & Dao 2023) for the recurrence.
+
+Legend: d width, e inner width of an SSM, N state size, g groups, h heads of the scan, Q chunk, L tokens of a column.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import assert_never
+
+from m4v_dist.blocks.embed import TIMESTEP_WIDTH
+from m4v_dist.blocks.layout import ColumnShape
+from m4v_dist.config.schema import BlockMixer, ModelSettings, SsmSettings
+
+Flops = Counter[str]
+"""FLOPs by part: the keys are `PARTS`."""
+ColumnOf = Callable[[int, int], ColumnShape]
+"""Gives the column of (unit from 1, pyramid stage)."""
+
+PARTS = (
+    "embedders",
+    "double: modulation",
+    "double: projections",
+    "double: attention",
+    "double: feed-forward",
+    "unified: modulation",
+    "unified: attention projections",
+    "unified: attention",
+    "unified: ssm projections",
+    "unified: ssm convolution",
+    "unified: ssm scan",
+    "unified: temporal projections",
+    "unified: temporal attention",
+    "unified: feed-forward and out",
+    "out",
+)
+"""Parts in the order that a token passes them. The last linear of a unified block, 5d to d, is in its feed-forward."""
+
+SELECTIVE_SCAN_FLOPS = 9
+"""Of mamba1's recurrence, for each channel, state and token, as its authors count (state-spaces/mamba issue 110)."""
+
+MIXER_PARTS = frozenset(
+    part for part in PARTS if part.startswith(("unified: attention", "unified: ssm", "unified: temporal"))
+)
+"""What the exchange of mixers changes; all else is the same in each architecture."""
+
+
+def linear(width_in: int, width_out: int, tokens: int) -> int:
+    """2 * in * out per token; the bias is left out."""
+    return 2 * width_in * width_out * tokens
+
+
+def attention_pairs(column: ColumnShape) -> int:
+    """Pairs of query and key that meet: L^2 without the temporal mask; with it, each time reads all up to itself.
+
+    Text has time 0, as frame 0: its queries read text and frame 0.
+    """
+    length = column.num_text + column.num_video
+    if not column.has_temporal_mask:
+        return length**2
+    new_at: Counter[int] = Counter({0: column.num_text})
+    for frame in column.frames:
+        new_at[frame.time] += frame.num_tokens
+    pairs = known = 0
+    for time in sorted(new_at):
+        known += new_at[time]
+        pairs += new_at[time] * known
+    return pairs
+
+
+def attention_core(width: int, column: ColumnShape) -> int:
+    """q k^T and the weighted sum of v: 4 d for each pair that meets."""
+    return 4 * width * attention_pairs(column)
+
+
+def attention_mixer(width: int, column: ColumnShape, num_projections: int = 3) -> Flops:
+    """Attention of a unified block: q, k, v (2 d^2 each per token) and the core.
+
+    Args:
+        width: d.
+        column: what it reads.
+        num_projections: 3; 4 with an output projection of its own, which a unified block does not have.
+    """
+    tokens = column.num_text + column.num_video
+    return Counter(
+        {
+            "unified: attention projections": num_projections * linear(width, width, tokens),
+            "unified: attention": attention_core(width, column),
+        }
+    )
+
+
+def scanned_tokens(settings: ModelSettings, column: ColumnShape) -> int:
+    """Tokens of a column after re-composition: text once or twice, frames, a register for each frame."""
+    text = column.num_text * (2 if settings.has_text_sandwich else 1)
+    return text + column.num_video + (len(column.frames) if settings.has_registers else 0)
+
+
+def ssm_mixer(width: int, ssm: SsmSettings, tokens: int) -> Flops:
+    """The SSM of one unified block on one re-composed column.
+
+    mamba2 and mil, per token: in_proj 2 d (2 e + 2 g N + h), convolution 2 k (e + 2 g N), chunked scan
+    2 Q g N + 2 Q e + 4 N e (scores C B^T, their product with x, states in, states out), out_proj 2 e d; mil has none.
+    mamba1, of dt rank r: in_proj 2 d 2 e, convolution 2 k e, x_proj 2 e (r + 2 N), dt_proj 2 r e, recurrence 9 e N,
+    out_proj 2 e d.
+
+    Args:
+        width: d.
+        ssm: variant and sizes.
+        tokens: length of the sequence; a chunk is never longer.
+    """
+    inner, chunk = width * ssm.expand, min(ssm.chunk_size, tokens)
+    bc_width = ssm.num_groups * ssm.state_dim
+    match ssm.variant:
+        case "mamba2" | "mil":
+            num_heads = inner // ssm.head_dim
+            projections = linear(width, 2 * inner + 2 * bc_width + num_heads, tokens)
+            if ssm.variant == "mamba2":
+                projections += linear(inner, width, tokens)
+            channels = inner + 2 * bc_width
+            scan = (2 * chunk * (bc_width + inner) + 4 * ssm.state_dim * inner) * tokens
+        case "mamba1":
+            projections = linear(width, 2 * inner, tokens) + linear(inner, width, tokens)
+            projections += linear(inner, ssm.dt_rank + 2 * ssm.state_dim, tokens) + linear(ssm.dt_rank, inner, tokens)
+            channels = inner
+            scan = SELECTIVE_SCAN_FLOPS * inner * ssm.state_dim * tokens
+        case _:
+            assert_never(ssm.variant)
+    return Counter(
+        {
+            "unified: ssm projections": projections,
+            "unified: ssm convolution": 2 * ssm.conv_width * channels * tokens,
+            "unified: ssm scan": scan,
+        }
+    )
+
+
+def chunked_scan_overhead(
+    tokens: int, num_segments: int, *, inner_width: int, state_dim: int, num_groups: int, chunk_size: int
+) -> int:
+    """FLOPs of the backend `reference_chunked` past the algorithm's own, for one block and a packed sequence.
+
+    It fills the last chunk, carries states by one product over all pairs of chunks (a kernel has a recurrence), and
+    works out the state at the end of each segment, which training does not read.
+
+    Args:
+        tokens: of all segments together.
+        num_segments: columns.
+        inner_width, state_dim, num_groups, chunk_size: e, N, g, Q.
+    """
+    chunk = min(chunk_size, tokens)
+    num_chunks = -(-tokens // chunk)
+    per_token = 2 * chunk * (num_groups * state_dim + inner_width) + 4 * state_dim * inner_width
+    filling = (num_chunks * chunk - tokens) * per_token
+    carrying = 2 * (num_chunks + 1) ** 2 * inner_width * state_dim
+    ending = 2 * num_segments * chunk * inner_width * state_dim
+    return filling + carrying + ending
+
+
+def temporal_tokens(column: ColumnShape) -> tuple[int, int]:
+    """Rows and positions of the temporal branch: a row for each history frame, 4^level for each noisy one.
+
+    Positions are the tokens of the coarsest grid, so rows * positions tokens are projected.
+    """
+    noisy = column.frames[-1]
+    positions = noisy.num_tokens // 4**noisy.level
+    return len(column.frames) - column.num_noisy + column.num_noisy * 4**noisy.level, positions
+
+
+def temporal_branch(width: int, inner_width: int, column: ColumnShape) -> Flops:
+    """Four projections d to w and back (8 d w per pooled token), and 4 w for each pair of rows and position.
+
+    Pairs behind the mask are computed too: the rows are few.
+    """
+    rows, positions = temporal_tokens(column)
+    return Counter(
+        {
+            "unified: temporal projections": 4 * linear(width, inner_width, rows * positions),
+            "unified: temporal attention": 4 * rows**2 * positions * inner_width,
+        }
+    )
+
+
+def embedders(settings: ModelSettings, column: ColumnShape) -> int:
+    """Timestep and pooled text (once a column), text and patches (each token)."""
+    width = settings.hidden_size
+    conditioning = (
+        linear(TIMESTEP_WIDTH, width, 1) + linear(settings.pooled_width, width, 1) + 2 * linear(width, width, 1)
+    )
+    patch = settings.latent_channels * settings.patch_size**2
+    return conditioning + linear(settings.text_width, width, column.num_text) + linear(patch, width, column.num_video)
+
+
+def double_block(width: int, column: ColumnShape) -> Flops:
+    """MM-DiT: modulation of both streams (2 d 6 d, once a column), q k v o (8 d^2), core, feed-forward (16 d^2)."""
+    tokens = column.num_text + column.num_video
+    return Counter(
+        {
+            "double: modulation": 2 * linear(width, 6 * width, 1),
+            "double: projections": 4 * linear(width, width, tokens),
+            "double: attention": attention_core(width, column),
+            "double: feed-forward": 2 * linear(width, 4 * width, tokens),
+        }
+    )
+
+
+def unified_block(settings: ModelSettings, mixer: BlockMixer, column: ColumnShape) -> Flops:
+    """Modulation (2 d 3 d), mixer, temporal branch beside an SSM, d to 4 d and 5 d to d (18 d^2 per token).
+
+    Args:
+        settings: widths and switches.
+        mixer: of this block.
+        column: what it reads.
+    """
+    width = settings.hidden_size
+    tokens = column.num_text + column.num_video
+    flops: Flops = Counter(
+        {
+            "unified: modulation": linear(width, 3 * width, 1),
+            "unified: feed-forward and out": linear(width, 4 * width, tokens) + linear(5 * width, width, tokens),
+        }
+    )
+    if mixer != "ssm":
+        flops += attention_mixer(width, column)
+    if mixer != "attention":
+        flops += ssm_mixer(width, settings.ssm, scanned_tokens(settings, column))
+        if settings.has_temporal_branch:
+            flops += temporal_branch(width, settings.temporal_width, column)
+    return flops
+
+
+def forward_flops(settings: ModelSettings, column: ColumnShape) -> Flops:
+    """FLOPs of one forward of one column, by part."""
+    width = settings.hidden_size
+    patch = settings.latent_channels * settings.patch_size**2
+    out = linear(width, 2 * width, 1) + linear(width, patch, column.num_noisy_tokens)
+    flops: Flops = Counter({"embedders": embedders(settings, column), "out": out})
+    for _ in range(settings.num_double_blocks):
+        flops += double_block(width, column)
+    for mixer in settings.block_mixers:
+        flops += unified_block(settings, mixer, column)
+    return flops
+
+
+def mixer_flops(settings: ModelSettings, column: ColumnShape) -> int:
+    """Mixers and temporal branches of all unified blocks in one forward: the layers that M4V replaces."""
+    return sum(count for part, count in forward_flops(settings, column).items() if part in MIXER_PARTS)
+
+
+def training_flops(settings: ModelSettings, column: ColumnShape) -> Flops:
+    """Forward and backward of one column: three forwards, four for the blocks where `recompute` is on.
+
+    A linear's backward is two products of its forward's size, so is attention's. Too high by the input gradients of the
+    embedders, which nobody asks for; too low by the scores that a fused attention computes again.
+    """
+    flops: Flops = Counter()
+    for part, count in forward_flops(settings, column).items():
+        is_block = part not in ("embedders", "out")
+        flops[part] = count * (4 if settings.recompute and is_block else 3)
+    return flops
+
+
+def row_flops(settings: ModelSettings, column_of: ColumnOf, units: Sequence[int], stages: Sequence[int]) -> Flops:
+    """Forward and backward of a training row.
+
+    Args:
+        settings: the model.
+        column_of: gives each column.
+        units: of each column.
+        stages: pyramid stage of each column; PyramidFlow's row is (0, 1, 1, 2).
+    """
+    total: Flops = Counter()
+    for unit, stage in zip(units, stages, strict=True):
+        total += training_flops(settings, column_of(unit, stage))
+    return total
+
+
+def mean_row_flops(settings: ModelSettings, column_of: ColumnOf, num_units: int, stages: Sequence[int]) -> float:
+    """FLOPs of a training row in the mean over all turns: each stage walks through all units equally often."""
+    means = {
+        stage: sum(training_flops(settings, column_of(unit, stage)).total() for unit in range(1, num_units + 1))
+        / num_units
+        for stage in set(stages)
+    }
+    return sum(means[stage] for stage in stages)
+
+
+def clip_flops(
+    settings: ModelSettings,
+    column_of: ColumnOf,
+    num_units: int,
+    *,
+    first_unit_steps: Sequence[int],
+    later_unit_steps: Sequence[int],
+    first_unit_columns: int = 2,
+    later_unit_columns: int = 2,
+) -> Flops:
+    """FLOPs of one generated clip: every unit, every pyramid stage, every step; the codec is left out.
+
+    Args:
+        settings: the model.
+        column_of: gives each column.
+        num_units: latents of the clip.
+        first_unit_steps: steps of each stage for unit 1.
+        later_unit_steps: the same for all later units.
+        first_unit_columns: columns of one evaluation of unit 1: 2 with classifier-free guidance, whose empty prompt is
+            counted with as many tokens as the prompt; 1 without.
+        later_unit_columns: the same for all later units.
+    """
+    total: Flops = Counter()
+    for unit in range(1, num_units + 1):
+        num_columns = first_unit_columns if unit == 1 else later_unit_columns
+        for stage, steps in enumerate(first_unit_steps if unit == 1 else later_unit_steps):
+            for part, count in forward_flops(settings, column_of(unit, stage)).items():
+                total[part] += count * steps * num_columns
+    return total
