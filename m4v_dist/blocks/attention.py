@@ -1,9 +1,10 @@
 """Joint attention of text and video: QK-norm, rotary positions, temporal causality; no column sees another.
 
 Query and key meet only if the key's time is at most the query's; text has time 0, as frame 0 (without the temporal mask
-all of a column meet). Tokens stand in the
-order of time, so the keys of each time are a prefix of the column: one unmasked SDPA per time, with no mask in
-memory and no wasted product. `dense_joint_attention` is the slow twin with the mask written out.
+all of a column meet). Tokens stand in the order of time, so the keys of each time are a prefix of the column. On a GPU
+FlexAttention takes all columns in one kernel (`flex_attention.py`); on a CPU, where it has no backward, one unmasked
+SDPA per time does, with no mask in memory and no wasted product. `dense_joint_attention` is the slow twin of both, with
+the mask written out.
 
 Source: PyramidFlow flux_modules/modeling_flux_block.py at 3040d71.
 
@@ -16,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from m4v_dist.blocks.embed import rope_table
+from m4v_dist.blocks.flex_attention import flex_joint_attention
 from m4v_dist.blocks.layout import PackedLayout
 
 Rotary = tuple[Tensor, Tensor]
@@ -90,6 +92,15 @@ def joint_attention(
     Returns:
         text: lt d; video: lv d.
     """
+    if text[0].is_cuda:
+        return flex_joint_attention(text, video, layout)
+    return prefix_joint_attention(text, video, layout)
+
+
+def prefix_joint_attention(
+    text: tuple[Tensor, Tensor, Tensor], video: tuple[Tensor, Tensor, Tensor], layout: PackedLayout
+) -> tuple[Tensor, Tensor]:
+    """`joint_attention` on a CPU: one SDPA for each time of each column."""
     texts: list[Tensor] = []
     videos: list[Tensor] = []
     for span in layout.spans:
@@ -115,7 +126,7 @@ def dense_joint_attention(
 ) -> tuple[Tensor, Tensor]:
     """The slow twin of `joint_attention`: one mask over all tokens of all columns."""
     column, time = (torch.cat(parts) for parts in zip(*_token_ids(layout), strict=True))
-    mask = (column[:, None] == column[None, :]) & (time[:, None] >= time[None, :])
+    mask = ((column[:, None] == column[None, :]) & (time[:, None] >= time[None, :])).to(layout.device)
     q, k, v = (torch.cat([a, b]).transpose(0, 1) for a, b in zip(text, video, strict=True))  # n l p
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     out = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
