@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.decode import DecodedClip
-from m4v_dist.batch import TextFeatures
+from m4v_dist.batch import TextFeatures, derive_seed
 from m4v_dist.errors import OutOfMemoryJobError
 from m4v_dist.frozen.text_encoder import TextEncoder
 from m4v_dist.frozen.video_vae import Codec, frames_from_uint8
@@ -42,8 +42,13 @@ class ClipEncoder:
         self._device = device
 
     @torch.no_grad()
-    def encode(self, clip: DecodedClip, caption: str) -> EncodedClip:
+    def encode(self, clip: DecodedClip, caption: str, key: str) -> EncodedClip:
         """Encode one clip; the same clip gives the same bytes.
+
+        Args:
+            clip: its frames.
+            caption: its text.
+            key: the record's key, which seeds the noise of a codec that draws its latents.
 
         Raises:
             EncodeError: the latents are not finite.
@@ -52,7 +57,8 @@ class ClipEncoder:
         try:
             # frombuffer's memory is read-only; torch wants to own what it gets
             frames = torch.from_numpy(clip.frames.copy()).to(self._device)
-            latents = self._codec.encode(frames_from_uint8(frames)).to("cpu", torch.bfloat16)
+            seed = derive_seed("posterior", key)
+            latents = self._codec.encode(frames_from_uint8(frames), seed=seed).to("cpu", torch.bfloat16)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryJobError(
                 f"encoding {clip.frames.shape} frames on {self._device}: {str(error).splitlines()[0]}; lower "

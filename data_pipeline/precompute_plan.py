@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.decode import DecodeRule, require_decord
+from data_pipeline.decode import DecodeRule
+from data_pipeline.decoder_pool import require_decord
 from data_pipeline.latent_cache import FORMAT_VERSION, index_path, read_manifest, require_fingerprint, shard_path
 from data_pipeline.manifest import list_shards, read_index
 from data_pipeline.pack import count_records

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from data_pipeline.decode import DecodedClip, DecodeError, DecoderPool
+from data_pipeline.decode import DecodedClip, DecodeError
+from data_pipeline.decoder_pool import DecoderPool
 from data_pipeline.encode import ClipEncoder, EncodedClip, EncodeError
 from data_pipeline.filters import reason_to_drop, scores
 from data_pipeline.latent_cache import CacheRecord, CacheShardWriter
@@ -154,7 +155,7 @@ class ShardActor:
             outcome.filtered[reason] = outcome.filtered.get(reason, 0) + 1
             return
         try:
-            encoded = self._encoder.encode(clip, str(raw.caption))
+            encoded = self._encoder.encode(clip, str(raw.caption), raw.key)
         except EncodeError as error:
             _quarantine(outcome, task, raw.key, str(error))
             return
