@@ -14,23 +14,25 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from data_pipeline.demo_clips import pack_demo, read_clip_list
 from jobs import cli
 from m4v_dist import storage
+from m4v_dist.config.load import load_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, JobError
-from m4v_dist.launch.fault_injection import KillMoment, WorkerKiller
+from m4v_dist.launch.fault_injection import Kill, KillMoment, WorkerKiller
+from m4v_dist.report.claims import ClaimFailedError, prove_held_out_loss_fell
 from m4v_dist.report.fault import prove_redone_steps_equal
-from m4v_dist.report.figures import held_out_points
-from m4v_dist.report.run_folder import Metrics, read_metrics
+from m4v_dist.report.run_folder import read_metrics
 
 DESCRIPTION = "The main job end to end on real clips."
 CONFIG = "jobs/configs/demo.toml"
-CLIP_LIST = str(Path(__file__).parent / "configs" / "demo_clips.json")
+CONFIGS = Path(__file__).parent / "configs"
+CLIP_LIST = str(CONFIGS / "demo_clips.json")
 CLIPS_PER_SHARD = 4
 MIN_REDONE_STEPS = 5
 """Steps after a checkpoint before the kill: what is lost, done again, and compared."""
@@ -43,9 +45,17 @@ POLL_S = 0.05
 QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger"}
 """For the steps' processes: torch says once a process that DeepSpeed calls a function by its old name."""
 
+RunPython = Callable[[Sequence[str], Callable[[], None]], int]
+"""Runs Python with these arguments, calls the function again and again meanwhile, and returns the exit code."""
 
-class ClaimFailedError(JobError):
-    """All steps ran, but something that the demo is to show did not hold."""
+
+class Killer(Protocol):
+    """Kills one worker when its moment has come, as `WorkerKiller` does; `kill` is None until then."""
+
+    kill: Kill | None
+
+    def look(self) -> Kill | None:
+        """Look whether the moment has come; return the kill when it happens."""
 
 
 class StepFailedError(JobError):
@@ -56,10 +66,38 @@ class StepFailedError(JobError):
         self.exit_code = exit_code
 
 
-class Demo:
-    """The steps of one demo; `arguments` (the config and its overrides) go to every step."""
+def run_python_here(arguments: Sequence[str], look: Callable[[], None]) -> int:
+    """Run this interpreter with `arguments` on this machine: a `RunPython`."""
+    with subprocess.Popen([sys.executable, *arguments], env=QUIET | os.environ) as process:
+        while process.poll() is None:
+            look()
+            time.sleep(POLL_S)
+    return process.returncode
 
-    def __init__(self, config: RunConfig, arguments: Sequence[str]) -> None:
+
+class Demo:
+    """The steps of one demo.
+
+    Args:
+        config: of the run.
+        arguments: the config's file and the overrides, as every step is called with.
+        run_python: runs one step.
+        make_killer: of run folder and moment.
+        clip_list: JSON file of the clips to pack.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        arguments: Sequence[str],
+        *,
+        run_python: RunPython = run_python_here,
+        make_killer: Callable[[str, KillMoment], Killer] = WorkerKiller,
+        clip_list: str = CLIP_LIST,
+    ) -> None:
+        self._run_python = run_python
+        self._make_killer = make_killer
+        self._clip_list = clip_list
         self._config = config
         self._arguments = list(arguments)
         self._folder = config.run.folder
@@ -102,7 +140,7 @@ class Demo:
             f"\nPacking real clips from installed packages, and one broken file, into {shards}"
             "\n(in this process, by data_pipeline/demo_clips.py; the steps below are commands to copy)"
         )
-        clips = [clip for clip in read_clip_list(CLIP_LIST) if clip.is_in_demo]
+        clips = [clip for clip in read_clip_list(self._clip_list) if clip.is_in_demo]
         records = pack_demo(clips, shards, num_clips_per_shard=CLIPS_PER_SHARD, num_threads=os.cpu_count() or 1)
         for _ in tqdm(records, total=len(clips), desc="pack", unit="clip"):
             pass
@@ -112,11 +150,10 @@ class Demo:
         before = snapshot(self._config.precompute.cache)
         say("\nOnce more: what is done is not done again.")
         self._step("precompute_latents")
-        changed = sorted(
-            name for name, stamp in snapshot(self._config.precompute.cache).items() if before.get(name) != stamp
-        )
+        # A file that is new, gone or other is in one of the two alone.
+        changed = sorted({name for name, _ in before.items() ^ snapshot(self._config.precompute.cache).items()})
         if changed:
-            raise ClaimFailedError(f"the second precompute wrote {', '.join(changed[:5])} again; it should do nothing.")
+            raise ClaimFailedError(f"the second precompute changed {', '.join(changed[:5])}; it should do nothing.")
 
     def _train_with_a_kill(self) -> None:
         stage = self._config.curriculum[-1]
@@ -126,7 +163,7 @@ class Demo:
             min_steps_after_checkpoint=MIN_REDONE_STEPS,
             max_steps_after_checkpoint=self._config.trainer.checkpoint_every_steps - 2,
         )
-        killer = WorkerKiller(self._folder, moment)
+        killer = self._make_killer(self._folder, moment)
 
         def look() -> None:
             kill = killer.look()
@@ -149,23 +186,20 @@ class Demo:
         say(f"\nThe {check['num_redone']} steps that were redone after the kill are equal bit for bit:")
         for step in check["redone"]:
             say(f"  step {step['step']:>5}  loss {step['first_loss']!r} = {step['second_loss']!r}")
-        say("\n" + prove_held_out_loss_fell(metrics))
+        fell = prove_held_out_loss_fell(metrics, num_steps=self._config.total_steps, min_steps=shipped_num_steps())
+        say(f"\n{fell}")
 
-    def _step(self, verb: str, look: Callable[[], None] | None = None) -> None:
+    def _step(self, verb: str, look: Callable[[], None] = lambda: None) -> None:
         """Run one verb as a command of its own, showing it; `look` is called while it runs."""
         arguments = ["-m", f"jobs.{verb}", *self._arguments]
         command = shlex.join([_shown_python(), *arguments])
         say(f"\n$ {command}")
         started = time.monotonic()
-        with subprocess.Popen([sys.executable, *arguments], env=QUIET | os.environ) as process:
-            while process.poll() is None:
-                if look is not None:
-                    look()
-                time.sleep(POLL_S)
-        entry = {"command": command, "exit_code": process.returncode, "seconds": time.monotonic() - started}
+        exit_code = self._run_python(arguments, look)
+        entry = {"command": command, "exit_code": exit_code, "seconds": time.monotonic() - started}
         self._commands.append(entry)
-        if process.returncode != 0:
-            raise StepFailedError(command, process.returncode)
+        if exit_code != 0:
+            raise StepFailedError(command, exit_code)
 
 
 def snapshot(folder: str) -> dict[str, tuple[int, int]]:
@@ -186,22 +220,9 @@ def _shown_python() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
-def prove_held_out_loss_fell(metrics: Metrics) -> str:
-    """Compare the first and the last held-out loss of a run; return both as a line to show.
-
-    Raises:
-        ClaimFailedError: fewer than two were measured, or the last is not below the first (NaN never is).
-    """
-    points = held_out_points(metrics)
-    if len(points) < 2:
-        raise ClaimFailedError(f"{len(points)} held-out losses were measured; two are needed to compare.")
-    (start, first), (end, last) = points[0], points[-1]
-    if not last < first:
-        raise ClaimFailedError(
-            f"the held-out loss did not fall: {first:.4f} after {start} steps, {last:.4f} after {end}; the model did "
-            "not learn."
-        )
-    return f"Held-out loss, on clips never trained on: {first:.4f} after {start} steps, {last:.4f} after {end}."
+def shipped_num_steps() -> int:
+    """Steps of the config that ships with the demo: a run of fewer learns too little to prove that it learns."""
+    return load_config(str(CONFIGS / "demo.toml"), []).total_steps
 
 
 def require_own_folder(folder: str) -> None:
@@ -303,15 +324,15 @@ def step_arguments(config: str, overrides: Sequence[str], num_gpus: int) -> list
     return ["--config", config, *gpu_overrides(num_gpus, overrides), *overrides]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; without `--config` on its own config."""
+def main(argv: Sequence[str] | None = None, make_demo: Callable[[RunConfig, Sequence[str]], Demo] = Demo) -> int:
+    """Run the demo that `make_demo` makes of config and step arguments; without `--config` on its own config."""
     arguments = cli.parse_arguments("demo", DESCRIPTION, argv, default_config=CONFIG)
     passed_on = step_arguments(arguments.config, arguments.overrides, count_gpus())
 
     def demo(config: RunConfig, dry_run: bool) -> str:
         if dry_run:
             return f"would remove {config.run.folder} and do all steps there"
-        return Demo(config, passed_on).run()
+        return make_demo(config, passed_on).run()
 
     given = [*passed_on, "--dry-run"] if arguments.dry_run else passed_on
     return cli.main("demo", demo, DESCRIPTION, given, preflight=check_config)

@@ -8,7 +8,7 @@ import struct
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from m4v_dist.errors import DataError
+from m4v_dist.report.claims import ClaimFailedError
 from m4v_dist.report.run_folder import Metrics
 
 COMPARED_PREFIXES = ("train/loss", "train/grad_norm")
@@ -75,12 +75,12 @@ def prove_redone_steps_equal(metrics: Metrics, total_steps: int) -> dict[str, An
         what `fault_check.json` holds: num_redone, is_equal, redone (list of steps), attempts.
 
     Raises:
-        DataError: nothing was redone, a redone step differs, or steps are missing.
+        ClaimFailedError: nothing was redone, a redone step differs, or steps are missing.
     """
     redone = redone_steps(metrics)
     attempts = metrics.attempts
     if not redone:
-        raise DataError(
+        raise ClaimFailedError(
             f"fault check: attempts {attempts} share no step, so there is nothing to compare; the kill must fall at "
             "least one step after a checkpoint and before the next."
         )
@@ -91,10 +91,10 @@ def prove_redone_steps_equal(metrics: Metrics, total_steps: int) -> dict[str, An
             f"{s.second_attempt} ({', '.join(s.differing)} differ)"
             for s in different[:5]
         )
-        raise DataError(f"fault check: {len(different)} of {len(redone)} redone steps are not equal: {lines}.")
+        raise ClaimFailedError(f"fault check: {len(different)} of {len(redone)} redone steps are not equal: {lines}.")
     num_done = len(metrics.standing_train_rows())
     if num_done != total_steps:
-        raise DataError(
+        raise ClaimFailedError(
             f"fault check: metrics.jsonl has train rows of {num_done} steps, the curriculum has {total_steps}; the "
             "run did not end, or logging.every_steps is not 1."
         )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from m4v_dist.errors import DataError
+from m4v_dist.report.claims import ClaimFailedError
 from m4v_dist.report.fault import prove_redone_steps_equal, redone_steps
 from m4v_dist.report.run_folder import parse_metrics
 
@@ -28,13 +28,13 @@ def test_a_difference_in_the_last_bit_fails() -> None:
     loss = 1.0 / 4
     text = _first_attempt() + _line(2, 3, loss + 2**-54)
     assert loss + 2**-54 != loss
-    with pytest.raises(DataError, match="step 3"):
+    with pytest.raises(ClaimFailedError, match="step 3"):
         prove_redone_steps_equal(parse_metrics(text), total_steps=4)
 
 
 def test_a_different_gradient_norm_fails() -> None:
     text = _first_attempt() + _line(2, 3, 1.0 / 4, norm=1.5)
-    with pytest.raises(DataError, match="train/grad_norm differ"):
+    with pytest.raises(ClaimFailedError, match="train/grad_norm differ"):
         prove_redone_steps_equal(parse_metrics(text), total_steps=4)
 
 
@@ -61,13 +61,13 @@ def test_a_missing_value_equals_nothing() -> None:
 
 def test_a_run_that_redid_nothing_fails() -> None:
     text = _first_attempt() + _line(2, 4, 0.1)
-    with pytest.raises(DataError, match="share no step"):
+    with pytest.raises(ClaimFailedError, match="share no step"):
         prove_redone_steps_equal(parse_metrics(text), total_steps=5)
 
 
 def test_a_run_that_did_not_end_fails() -> None:
     text = _first_attempt() + _line(2, 3, 1.0 / 4)
-    with pytest.raises(DataError, match="did not end"):
+    with pytest.raises(ClaimFailedError, match="did not end"):
         prove_redone_steps_equal(parse_metrics(text), total_steps=9)
 
 
