@@ -130,9 +130,11 @@ def require_trained_settings(config: RunConfig, codec: Codec, path: str) -> None
 
     Raises:
         ConfigError: with each field and both values.
-        DataError: a weight file has moved, and the cache is missing or was made with another.
+        DataError: the checkpoint is damaged; or a weight file has moved, and the cache is missing or was made with
+            another.
     """
-    before = storage.read_json(storage.join(path, "config.json"))
+    checkpoint.check(path)
+    before = checkpoint.read_config(path)
     now = config.model_dump(mode="json")
     differing = [
         change

@@ -1,10 +1,13 @@
-"""A run small enough for seconds: a cache of made-up latents with the real fingerprint, and a config of two stages."""
+"""A run small enough for seconds: a cache of made-up latents with the real fingerprint, a config of two stages."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT, CacheRecord, CacheShardWriter, write_manifest
+from jobs.train import train_on_rank
 from m4v_dist.batch import TextFeatures
 from m4v_dist.config.load import parse_config
 from m4v_dist.config.schema import CodecSettings, RunConfig, TextEncoderSettings
@@ -13,6 +16,8 @@ from m4v_dist.frozen.video_vae import build_codec
 from tests.data_pipeline.made_cache import MadeSource, made_row
 
 WIDTH = 384
+TOTAL_STEPS = 9
+"""Of both curriculum stages: two and seven."""
 SOURCES = (
     MadeSource("clips", "video", 8, 3),
     MadeSource("stills", "image", 14, 1),
@@ -93,3 +98,38 @@ def small_values(folder: str, cache: str, **trainer: Any) -> dict[str, Any]:
 def small_config(folder: str, cache: str, **trainer: Any) -> RunConfig:
     """The same as a config."""
     return parse_config(small_values(folder, cache, **trainer), where="small run")
+
+
+def train_each(configs: list[str]) -> list[int]:
+    """Train the runs one after the other on this rank; return how many steps each has done."""
+    return [train_on_rank({"config": config}, lambda: False)["step"] for config in configs]
+
+
+def rows(folder: str, kind: str) -> list[dict[str, Any]]:
+    """Rows of a run folder so far."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """A config as TOML.
+
+    JSON is TOML's inline form but for `:`; written flat, one key a line, with lists of tables in full.
+    """
+    lines = []
+    for section, content in values.items():
+        if isinstance(content, list):
+            for item in content:
+                lines += [f"[[{section}]]", *(f"{key} = {_inline(value)}" for key, value in item.items())]
+        else:
+            lines += [f"[{section}]", *(f"{key} = {_inline(value)}" for key, value in content.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return json.dumps(value)

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from m4v_dist.config.load import config_to_json, parse_config
-from tests.integration.small_run import make_small_cache, small_values
-from tests.integration.test_resume import TOTAL, _train, rows
+from tests.integration.small_run import TOTAL_STEPS, make_small_cache, rows, small_values, train_each
 from tests.trainer.ranks import ROOT, run_fresh_ranks, run_ranks
 
 CACHE = Path(os.environ.get("M4V_TEST_CACHE", ROOT / "runs" / "demo" / "cache"))
@@ -37,13 +36,13 @@ def test_a_gpu_run_follows_the_cpu_run_and_resumes(tmp_path: Path, zero_stage: i
     cache = make_small_cache(str(tmp_path / "cache"))
     cpu, gpu = str(tmp_path / "cpu"), str(tmp_path / "gpu")
     environment = {**os.environ, "DS_ACCELERATOR": "cuda"}
-    run_ranks(_train, 1, [_config(cpu, cache, use_gpu=False, zero_stage=zero_stage)])
+    run_ranks(train_each, 1, [_config(cpu, cache, use_gpu=False, zero_stage=zero_stage)])
     config = [_config(gpu, cache, use_gpu=True, zero_stage=zero_stage)]
-    assert run_fresh_ranks(_train, 1, config, environment=environment) == [[TOTAL]]
-    shutil.rmtree(f"{gpu}/checkpoints/step_{TOTAL:08d}")
-    assert run_fresh_ranks(_train, 1, config, environment=environment) == [[TOTAL]]
+    assert run_fresh_ranks(train_each, 1, config, environment=environment) == [[TOTAL_STEPS]]
+    shutil.rmtree(f"{gpu}/checkpoints/step_{TOTAL_STEPS:08d}")
+    assert run_fresh_ranks(train_each, 1, config, environment=environment) == [[TOTAL_STEPS]]
     losses = {folder: {row["step"]: row["train/loss"] for row in rows(folder, "train")} for folder in (cpu, gpu)}
-    assert sorted(losses[gpu]) == list(range(TOTAL))
+    assert sorted(losses[gpu]) == list(range(TOTAL_STEPS))
     assert all(math.isfinite(loss) for loss in losses[gpu].values())
     # the same weights and draws: bfloat16 matmuls keep 8 bits
     assert losses[gpu][0] == pytest.approx(losses[cpu][0], rel=3e-2)

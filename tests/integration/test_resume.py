@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,18 +21,13 @@ import torch
 from jobs.train import train_on_rank
 from m4v_dist.config.load import config_to_json
 from m4v_dist.trainer import checkpoint
-from tests.integration.small_run import make_small_cache, small_config
+from tests.integration.small_run import TOTAL_STEPS, make_small_cache, rows, small_config, to_toml, train_each
 from tests.trainer.ranks import ROOT, run_ranks
 
-TOTAL = 9
 KILL_AFTER = 4
 """Checkpoints stand at 2 (end of the image stage), 3 and 6: steps 3 and on are done again."""
 
 pytestmark = pytest.mark.slow
-
-
-def _train(configs: list[str]) -> list[int]:
-    return [train_on_rank({"config": config}, lambda: False)["step"] for config in configs]
 
 
 def _train_until_killed(config: str, folder: str) -> None:
@@ -44,13 +38,6 @@ def _train_until_killed(config: str, folder: str) -> None:
         return False
 
     train_on_rank({"config": config}, wait_for_the_kill)
-
-
-def rows(folder: str, kind: str) -> list[dict[str, Any]]:
-    """Rows of a run folder so far."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
 def kill_rank_1(folder: str, is_alive: Callable[[], bool], after: int = KILL_AFTER) -> None:
@@ -75,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         for kind in ("straight", "killed")
     }
-    assert run_ranks(_train, 2, configs["straight"]) == [[TOTAL] * 3] * 2
+    assert run_ranks(train_each, 2, configs["straight"]) == [[TOTAL_STEPS] * 3] * 2
     for stage, config in zip((1, 2, 3), configs["killed"], strict=True):
         folder = f"{base}/killed/zero{stage}"
         answers = run_ranks(
@@ -86,14 +73,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             watch=lambda ranks, f=folder: kill_rank_1(f, lambda: ranks[1].is_alive()),
         )
         assert answers == [None, None], "both ranks ended well, so nothing was killed"
-    assert run_ranks(_train, 2, configs["killed"]) == [[TOTAL] * 3] * 2
+    assert run_ranks(train_each, 2, configs["killed"]) == [[TOTAL_STEPS] * 3] * 2
     return base
 
 
 def assert_same_end(straight: str, killed: str) -> None:
     """Every step's loss and gradient norm, then weights, average, and the whole state."""
     expected = {row["step"]: (row["train/loss"], row["train/grad_norm"]) for row in rows(straight, "train")}
-    assert sorted(expected) == list(range(TOTAL))
+    assert sorted(expected) == list(range(TOTAL_STEPS))
     found = rows(killed, "train")
     first, second = ({row["step"] for row in found if row["attempt"] == attempt} for attempt in (1, 2))
     assert first | second == set(expected)
@@ -110,7 +97,7 @@ def assert_same_end(straight: str, killed: str) -> None:
         assert not differing
     states = [checkpoint.read_state(path) for path in paths]
     assert states[0] == states[1]
-    assert states[0]["loader"]["next_step"] == TOTAL
+    assert states[0]["loader"]["next_step"] == TOTAL_STEPS
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
@@ -132,10 +119,10 @@ def test_a_checkpoint_of_zero_2_goes_on_under_zero_3_on_one_rank(runs: Path, tmp
     for name in ("step_00000009", "step_00000006"):
         shutil.rmtree(f"{folder}/checkpoints/{name}")
     config = small_config(folder, str(runs / "cache"), zero_stage=3)
-    assert run_ranks(_train, 1, [config_to_json(config)]) == [[TOTAL]]
+    assert run_ranks(train_each, 1, [config_to_json(config)]) == [[TOTAL_STEPS]]
     straight = {row["step"]: row["train/loss"] for row in rows(str(runs / "straight" / "zero2"), "train")}
     redone = {row["step"]: row["train/loss"] for row in rows(folder, "train") if row["attempt"] == 2}
-    assert sorted(redone) == list(range(3, TOTAL))
+    assert sorted(redone) == list(range(3, TOTAL_STEPS))
     for step, loss in redone.items():
         # the same slots and noise; sums in another order, over a few steps
         assert loss == pytest.approx(straight[step], rel=1e-4)
@@ -147,7 +134,7 @@ def test_a_run_on_ray_workers_comes_back_by_itself_after_a_kill(runs: Path) -> N
     # No checkpoint between 2 and 9: after step 3 there are five more steps for the kill to fall into.
     config = small_config(folder, str(runs / "cache"), zero_stage=2, checkpoint_every_steps=100)
     toml = runs / "ray.json.toml"
-    toml.write_text(_toml(config.model_dump(mode="json", exclude_none=True)))
+    toml.write_text(to_toml(config.model_dump(mode="json", exclude_none=True)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", "jobs.train", "--config", str(toml)],
@@ -156,29 +143,9 @@ def test_a_run_on_ray_workers_comes_back_by_itself_after_a_kill(runs: Path) -> N
         kill_rank_1(folder, lambda: process.poll() is None, after=3)
         output, _ = process.communicate(timeout=150)
     assert process.returncode == 0, output[-4000:]
-    assert output.strip().splitlines()[-1].startswith(f"train: {TOTAL} steps done, held-out loss")
+    assert output.strip().splitlines()[-1].startswith(f"train: {TOTAL_STEPS} steps done, held-out loss")
     assert_same_end(f"{runs}/straight/zero2", folder)
     (restart,) = rows(folder, "restart")
     assert restart["lost_steps"] >= 1
     ledger = json.loads((Path(folder) / "ledger.json").read_text())
     assert ledger["lost_s"] > 0 and ledger["restart_s"] > 0
-
-
-def _toml(values: dict[str, Any]) -> str:
-    """JSON is TOML's inline form but for `:`; written flat, one dotted key a line, with lists of tables in full."""
-    lines = []
-    for section, content in values.items():
-        if isinstance(content, list):
-            for item in content:
-                lines += [f"[[{section}]]", *(f"{key} = {_inline(value)}" for key, value in item.items())]
-        else:
-            lines += [f"[{section}]", *(f"{key} = {_inline(value)}" for key, value in content.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_inline, value)) + "]"
-    return json.dumps(value)

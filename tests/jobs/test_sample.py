@@ -1,5 +1,6 @@
 """Sampling from a run folder: the averaged weights of a committed checkpoint, and no other."""
 
+import json
 import logging
 import re
 import shutil
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import jobs.sample
+from jobs import cli
 from jobs.sample import choose_checkpoint, require_trained_settings, sample
 from m4v_dist import storage
 from m4v_dist.config.load import parse_config
@@ -21,7 +23,7 @@ from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.model.build import build_model
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
-from tests.integration.small_run import make_small_cache
+from tests.integration.small_run import make_small_cache, to_toml
 from tests.trainer.ranks import run_ranks
 
 BUCKET = {"height_px": 64, "width_px": 64}
@@ -165,9 +167,37 @@ def test_moved_codec_weights_are_compared_with_the_cache(run: str, tmp_path: Pat
 def test_weights_that_do_not_fit_their_own_config_are_exit_3(run: str) -> None:
     before = storage.read_json(f"{run}/checkpoints/step_00000005/config.json")
     before["model"]["num_single_blocks"] = 2
-    storage.write_json(f"{run}/checkpoints/step_00000005/config.json", before)
+    _write_again(run, "config.json", json.dumps(before).encode())
     with pytest.raises(DataError, match="differ in name or shape"):
         sample(_changed(run, "model", num_single_blocks=2), False)
+
+
+def _write_again(run: str, name: str, content: bytes) -> None:
+    """Write a file of the checkpoint as if it had been committed so."""
+    path = f"{run}/checkpoints/step_00000005"
+    storage.write_bytes(f"{path}/{name}", content)
+    marker = storage.read_json(f"{path}/COMMITTED")
+    marker["size_bytes"][name] = len(content)
+    storage.write_json(f"{path}/COMMITTED", marker)
+
+
+def _run_command(run: str) -> int:
+    toml = Path(run, "run.toml")
+    toml.write_text(to_toml(_config(run).model_dump(mode="json", exclude_none=True)))
+    return cli.main("sample", sample, "x", ["--config", str(toml)])
+
+
+def test_a_committed_checkpoint_without_its_config_is_exit_3(run: str, capfd: pytest.CaptureFixture[str]) -> None:
+    Path(run, "checkpoints", "step_00000005", "config.json").unlink()
+    assert _run_command(run) == 3
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("sample: DataError: ") and "step_00000005/config.json: None bytes" in last
+
+
+def test_a_checkpoint_s_config_that_is_no_json_is_exit_3(run: str, capfd: pytest.CaptureFixture[str]) -> None:
+    _write_again(run, "config.json", b"{")
+    assert _run_command(run) == 3
+    assert "step_00000005/config.json: not valid JSON" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_the_text_encoder_is_built_once_for_all_prompts(run: str, monkeypatch: pytest.MonkeyPatch) -> None:

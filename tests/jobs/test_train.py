@@ -17,8 +17,7 @@ from m4v_dist.config.load import config_to_json, parse_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.trainer import checkpoint
-from tests.integration.small_run import make_small_cache, small_config, small_values
-from tests.integration.test_resume import _toml
+from tests.integration.small_run import make_small_cache, small_config, small_values, to_toml
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +192,7 @@ def test_bad_input_of_the_command_gives_its_code_last_line_and_result(
 ) -> None:
     harm(Path(shutil.copytree(cache, tmp_path / "cache")))
     config = small_config(str(tmp_path / "run"), str(tmp_path / "cache"))
-    (tmp_path / "run.toml").write_text(_toml(config.model_dump(mode="json", exclude_none=True)))
+    (tmp_path / "run.toml").write_text(to_toml(config.model_dump(mode="json", exclude_none=True)))
     assert cli.main("train", train, "x", ["--config", str(tmp_path / "run.toml"), *overrides]) == exit_code
     last = capfd.readouterr().err.splitlines()[-1]
     assert re.fullmatch(f"train: {last_line}.*", last), last
