@@ -12,15 +12,20 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
-def _plan(*arguments: str) -> str:
-    """What make would run, without running it."""
+def _make(*arguments: str) -> "subprocess.CompletedProcess[str]":
     # `make test` itself runs this test: what it hands down to a make below must not change the plan.
     environment = {
         name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
     }
-    done = subprocess.run(
-        ["make", "-n", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=environment | {"LC_ALL": "C"}, capture_output=True, text=True, check=False
     )
+
+
+def _plan(*arguments: str) -> str:
+    """What make would run, without running it."""
+    done = _make("-n", *arguments)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -38,3 +43,14 @@ def test_clean_keeps_what_was_trained() -> None:
 def test_the_quiet_install_says_first_that_it_takes_minutes() -> None:
     plan = _plan("install", "VENV=an-environment-that-does-not-exist").splitlines()
     assert "2-3 minutes" in plan[0] and any("pip install" in line for line in plan[1:])
+
+
+def test_make_ends_with_2_and_names_the_code_of_the_step_in_its_last_line(tmp_path: Path) -> None:
+    """What the README says of exit codes."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'demo: DataError: no such clip' >&2\nexit 3\n")
+    python.chmod(0o755)
+    done = _make("demo", "SKIP_INSTALL=1", f"PYTHON={python}")
+    reason, last = done.stderr.splitlines()[-2:]
+    assert done.returncode == 2
+    assert reason == "demo: DataError: no such clip" and last.endswith("Error 3")
