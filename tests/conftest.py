@@ -1,6 +1,8 @@
 """Shared fixtures: fixed seed, NaN-filled fresh memory, and golden cases copied from the reference implementations."""
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,20 @@ def _nan_in_fresh_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No AWS setting of the machine that runs the tests counts: a store can only be refused."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._s3().clear_instance_cache()
+    yield
+    storage._s3().clear_instance_cache()
+
+
 def load_golden(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description and tensors of a golden case; bfloat16 tensors are cast to float32, as its README asks."""
+    """Description and tensors of a golden case; bfloat16 tensors become float32 (tests/golden/README.md)."""
     description = json.loads((GOLDEN / f"{case}.json").read_text())
     tensors = storage.read_tensors(str(GOLDEN / f"{case}.safetensors"))
     cast = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}

@@ -1,7 +1,6 @@
 """Paths behind one door: whole writes, reads that notice a cut, a store that cannot be asked."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,17 +8,6 @@ import torch
 
 from m4v_dist import storage
 from m4v_dist.errors import StoreError
-
-
-@pytest.fixture
-def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage._s3().clear_instance_cache()
-    yield
-    storage._s3().clear_instance_cache()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """The command line: three things, one exit code for each kind of failure, the reason last and in result.json."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ import pytest
 from jobs import cli
 from jobs.precompute_latents import precompute_latents
 from jobs.train import train
-from m4v_dist import storage
 from m4v_dist.config.load import load_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
@@ -134,17 +131,6 @@ def test_overrides_may_stand_on_both_sides_of_the_options(tmp_path: Path) -> Non
     config = _config(tmp_path, str(tmp_path / "run"))
     assert cli.main("verb", tell, "x", ["run.name=other", "--config", config, "run.seed=3"]) == 0
     assert _result(tmp_path)["reason"] == "other 3"
-
-
-@pytest.fixture
-def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage._s3().clear_instance_cache()
-    yield
-    storage._s3().clear_instance_cache()
 
 
 @pytest.mark.parametrize("verb", [precompute_latents, train])
