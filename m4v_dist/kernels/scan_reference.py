@@ -71,7 +71,8 @@ def ssd_scan_chunked(
     """Scan by chunks: matrix products inside a chunk, one small product between chunks. As `scan.ssd_scan`.
 
     Segments need no loop: a pair of tokens, or of chunks, counts only if both lie in one segment. All exponents are
-    differences of sums inside one segment, so never positive; sums over chunks are float64.
+    differences of float64 sums that begin anew with each segment, so never positive, and no other segment has a part
+    in their rounding: what a segment gives and gets is the same bits whatever lies beside it.
     """
     dtype = _compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
@@ -120,7 +121,8 @@ class _Chunks:
         self.B = rearrange(B, "b c q g n -> b c g q n")
         self.C = rearrange(C, "b c q g n -> b c g q n")
         self.segment = segment
-        sums = log_decay.double().cumsum(dim=2)  # b c q h
+        self.log_decay = log_decay
+        sums = _segment_sums(log_decay.double(), segment)  # b c q h
         self.sums = rearrange(sums.to(x.dtype), "b c q (g r) -> b c g r q", g=groups)
         self.totals = sums[:, :, -1]  # b c h, float64
 
@@ -149,9 +151,11 @@ class _Chunks:
             first = initial_state[:, None].to(added.dtype)
         sources = torch.cat([first, added], dim=1)  # b c+1 h p n
         # Row i: state after i chunks; column j: source j, which sits at the end of chunk j - 1.
-        until = F.pad(self.totals, (0, 0, 1, 0)).cumsum(dim=1)  # b c+1 h
-        difference = until[:, :, None] - until[:, None, :]  # b i j h
         owner = torch.cat([self.segment[:1, 0], last])  # c+1
+        continues = (owner[1:] == owner[:-1])[:, None]  # c 1
+        steps = F.pad(torch.where(continues, self.totals, 0), (0, 0, 1, 0))  # b c+1 h
+        until = _segment_sums(steps[:, None], owner[None])[:, 0]
+        difference = until[:, :, None] - until[:, None, :]  # b i j h
         count = owner.numel()
         causal = torch.ones(count, count, dtype=torch.bool, device=owner.device).tril()
         related = causal & (owner[:, None] == owner[None, :])
@@ -188,16 +192,13 @@ class _Chunks:
 
 def _initial_share(chunks: _Chunks, initial_state: Tensor, cu_seqlens: Tensor, l: int) -> tuple[Tensor, Tensor]:
     """What the segments' initial states add to their final states (s h p n) and to the tokens (1 l h p)."""
-    log_decay = torch.diff(chunks.sums.double(), dim=-1, prepend=torch.zeros_like(chunks.sums[..., :1]).double())
-    running = rearrange(log_decay, "1 c g r q -> (c q) (g r)")[:l].cumsum(dim=0)  # l h
-    running = F.pad(running, (0, 0, 1, 0))
-    start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     segment = _segment_of_token(cu_seqlens, l, initial_state.device)
-    decay = (running[1:] - running[start][segment]).exp().to(initial_state.dtype)  # l h
+    log_decay = rearrange(chunks.log_decay, "1 c q h -> 1 1 (c q) h")[:, :, :l].double()
+    decay = _segment_sums(log_decay, segment[None])[0, 0].exp().to(initial_state.dtype)  # l h
     C = rearrange(chunks.C, "1 c g q n -> (c q) g n")[:l].repeat_interleave(chunks.x.shape[3], dim=1)  # l h n
     # One product of all tokens with all states, then each token takes its own segment's: no Python loop, no l h p n.
     tokens = torch.einsum("lhn,lsh,shpn->lhp", C, F.one_hot(segment)[..., None] * decay[:, None], initial_state)
-    total = (running[end] - running[start]).exp().to(initial_state.dtype)[:, :, None, None] * initial_state
+    total = decay[cu_seqlens[1:].long() - 1][:, :, None, None] * initial_state
     return total, tokens[None]
 
 
@@ -231,6 +232,22 @@ def _segment_of_token(cu_seqlens: Tensor | None, l: int, device: torch.device) -
     if cu_seqlens is None:
         return torch.zeros_like(position)
     return torch.bucketize(position, cu_seqlens[1:-1].long(), right=True)
+
+
+def _segment_sums(values: Tensor, segment: Tensor) -> Tensor:
+    """Sum of each token and those before it in its segment, by doubling; segments are runs of equal numbers.
+
+    Args:
+        values: b c q h.
+        segment: c q.
+    """
+    reach = 1
+    while reach < segment.shape[1]:
+        same = (segment[:, reach:] == segment[:, :-reach])[:, :, None]
+        added = values[:, :, reach:] + torch.where(same, values[:, :, :-reach], 0)
+        values = torch.cat([values[:, :, :reach], added], dim=2)
+        reach *= 2
+    return values
 
 
 def _chunk(tensor: Tensor, chunk_size: int, pad: int) -> Tensor:
