@@ -1,14 +1,16 @@
 """Re-composition: the paper's order, its exact inverse, gradients, and the padded form as the slow twin."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from m4v_dist.blocks.layout import ColumnShape, FrameShape, PackedLayout
 from m4v_dist.blocks.recompose import invert, recompose, recompose_padded, recomposition_plan
-from m4v_dist.blocks.ssm_mixer import SsmMixer
+from m4v_dist.blocks.ssm_mixer import build_ssm_mixer
 from m4v_dist.blocks.zigzag import zigzag_order
-from m4v_dist.config.schema import KernelSettings, SsmSettings
+from m4v_dist.config.schema import KernelSettings, ModelSettings
 from m4v_dist.model.build import initialize_weights
 from tests.blocks.layouts import mixed_layout
 
@@ -80,13 +82,18 @@ def test_tokens_of_another_layout_are_refused() -> None:
 
 
 @pytest.mark.parametrize("path", [0, 6])
-def test_the_padded_form_of_the_paper_gives_the_same_outputs(path: int) -> None:
-    """Pads before the first text copy never touch the state of the text, although convolution and D see them."""
+@pytest.mark.parametrize("ssm", [{"head_dim": 4, "state_dim": 4}, {"variant": "mil"}, {"variant": "mamba1"}], ids=str)
+def test_the_padded_form_of_the_paper_gives_the_same_outputs(ssm: dict[str, Any], path: int) -> None:
+    """Pads before the first text copy never touch the state of the text, although biases, convolution and D do them."""
     width, padded_length = 8, 12
-    settings = SsmSettings(expand=2, head_dim=4, state_dim=4, chunk_size=16)
-    mixer = SsmMixer(width, settings, KernelSettings())
+    settings = ModelSettings(
+        hidden_size=width, num_heads=2, rope_axes=(2, 1, 1), temporal_width=8, ssm={"chunk_size": 16, **ssm}
+    )
+    mixer = build_ssm_mixer(width, settings.ssm, KernelSettings())
     initialize_weights(mixer, seed=3)
-    torch.nn.init.normal_(mixer.conv_bias)
+    for name, parameter in mixer.named_parameters():
+        if name.endswith("bias") and name != "dt_bias":
+            torch.nn.init.normal_(parameter)
     layout = mixed_layout()
     text, video, registers = _tokens(layout, width)
     plan = recomposition_plan(layout, path, has_text_sandwich=True, has_registers=True)

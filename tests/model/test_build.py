@@ -1,9 +1,11 @@
 """Building: weights by seed and name, float32, nothing left unwritten, and a refusal before the first step."""
 
+from typing import Any, get_args
+
 import pytest
 import torch
 
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.schema import Ablation, KernelSettings, ModelSettings
 from m4v_dist.errors import ConfigError
 from m4v_dist.model.build import build_model, build_on_meta
 
@@ -45,7 +47,45 @@ def test_presets_have_the_sizes_they_promise(preset: str, low: float, high: floa
     assert low < sum(parameter.numel() for parameter in model.parameters()) < high
 
 
+@pytest.mark.parametrize("variant", ["mamba2", "mil", "mamba1"])
+@pytest.mark.parametrize("preset", ["tiny", "small", "m4v_2b"])
+def test_every_preset_builds_with_every_mixer_and_variant(preset: Any, variant: str) -> None:
+    mixers = get_args(ModelSettings.model_fields["mixer"].annotation)
+    sizes = {}
+    for mixer in mixers:
+        settings = ModelSettings(preset=preset, mixer=mixer, ssm={"variant": variant})
+        model = build_on_meta(settings, KERNELS)
+        sizes[mixer] = sum(parameter.numel() for parameter in model.parameters())
+        kinds = tuple(type(block.mixer).__name__ for block in model.single_blocks)
+        names = {"attention": "AttentionMixer", "ssm": "SsmTokenMixer", "parallel": "ParallelMixer"}
+        assert kinds == tuple(names[kind] for kind in settings.block_mixers)
+    assert len(mixers) == 6
+    # Half of the blocks of one kind, half of the other, wherever they stand.
+    halves = {2 * sizes[mixer] for mixer in ("post_half", "pre_half", "interleaved")}
+    assert halves == {sizes["attention"] + sizes["ssm"]}
+
+
+@pytest.mark.parametrize("ablation", get_args(Ablation))
+def test_every_ablation_row_builds(ablation: Any) -> None:
+    model = build_on_meta(ModelSettings(ablation=ablation), KERNELS)
+    has_branch = [block.temporal_branch is not None for block in model.single_blocks]  # type: ignore[union-attr]
+    rows_with_one = {"full_mamba_temporal": 8, "text_vision_temporal": 8, "post_half": 4, "pre_half": 4}
+    assert sum(has_branch) == {**rows_with_one, "interleaved": 4}.get(ablation, 0)
+
+
+@pytest.mark.parametrize(("variant", "billions"), [("mamba2", 2.16), ("mil", 2.03), ("mamba1", 2.17)])
+def test_full_size_models_have_the_parameters_worked_out_for_them(variant: str, billions: float) -> None:
+    """Without temporal branch, which has 63M, and registers, 92k; miniFLUX has 1.97B."""
+    settings = ModelSettings(
+        preset="m4v_2b", ssm={"variant": variant}, has_temporal_branch=False, has_registers=False
+    )  # fmt: skip
+    model = build_on_meta(settings, KERNELS)
+    assert abs(sum(parameter.numel() for parameter in model.parameters()) / 1e9 - billions) < 0.005
+
+
 def test_a_backend_that_cannot_run_is_refused_before_the_model_is_built() -> None:
     with pytest.raises(ConfigError, match='kernels.backend="triton"'):
         build_on_meta(ModelSettings(), KernelSettings(backend="triton"))
+    with pytest.raises(ConfigError, match='kernels.backend="triton"'):
+        build_on_meta(ModelSettings(mixer="interleaved"), KernelSettings(backend="triton"))
     build_on_meta(ModelSettings(mixer="attention"), KernelSettings(backend="triton"))

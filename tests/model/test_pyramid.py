@@ -133,10 +133,13 @@ def test_a_foreign_name_is_refused() -> None:
         from_pyramidflow_state_dict({"transformer_blocks.0.attn.to_z.weight": torch.zeros(1)})
 
 
-TINY = ModelSettings(
-    num_double_blocks=1, num_single_blocks=2, text_width=12, pooled_width=6, temporal_width=16,
-    ssm={"expand": 2, "head_dim": 32, "state_dim": 8, "chunk_size": 16},
-)  # fmt: skip
+def _tiny(**options: Any) -> ModelSettings:
+    return ModelSettings(
+        num_double_blocks=1, num_single_blocks=2, text_width=12, pooled_width=6, temporal_width=16, **options
+    )
+
+
+TINY = _tiny(ssm={"expand": 2, "head_dim": 32, "state_dim": 8, "chunk_size": 16})
 
 
 def _perturbed(settings: ModelSettings) -> nn.Module:
@@ -176,6 +179,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one_path": {"num_zigzag_paths": 1},
     "no_temporal_branch": {"has_temporal_branch": False},
     "sum_gate": {"ssm": TINY.ssm.model_copy(update={"gate": "sum"})},
+    "mil": {"ssm": _tiny(ssm={"variant": "mil", "chunk_size": 16}).ssm},
+    "mamba1": {"ssm": _tiny(ssm={"variant": "mamba1", "state_dim": 4, "chunk_size": 16}).ssm},
+    "post_half": {"mixer": "post_half"},
+    "pre_half": {"mixer": "pre_half"},
 }
 
 
@@ -227,33 +234,32 @@ def test_recompute_gives_the_same_loss_and_gradients() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def test_under_autocast_the_sensitive_parts_stay_float32() -> None:
+@pytest.mark.parametrize("variant", ["ssm", "mil", "mamba1"])
+def test_under_autocast_the_sensitive_parts_stay_float32(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the matmuls may round: what the scan, the norms and the modulation are given and give is float32."""
-    from m4v_dist.blocks import ssm_mixer
+    from m4v_dist.blocks import mamba1_mixer, ssm_mixer
 
-    model = _perturbed(TINY)
+    model = _perturbed(TINY.model_copy(update=VARIANTS[variant]))
     seen: dict[str, torch.dtype] = {}
     norms: dict[str, set[torch.dtype]] = {"Modulation": set(), "HeadNorm": set(), "ConditioningEmbedding": set()}
-    original = ssm_mixer.ssd_scan
 
-    def spy(x: Tensor, dt: Tensor, A: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        y, state = original(x, dt, A, *args, **options)
-        seen.update(A=A.dtype, D=args[2].dtype, dt_bias=options["dt_bias"].dtype, state=state.dtype, x=x.dtype)
-        return y, state
+    def watch(module: Any, name: str) -> None:
+        original = getattr(module, name)
 
-    ssm_mixer.ssd_scan = spy  # type: ignore[assignment]
-    hooks = [
-        module.register_forward_hook(lambda m, _inputs, out: norms[type(m).__name__].add(out[0].dtype))
-        for module in model.modules()
-        if type(module).__name__ in norms
-    ]
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = model(ModelInput(_columns()))
-    finally:
-        ssm_mixer.ssd_scan = original
-        for hook in hooks:
-            hook.remove()
+        def spy(x: Tensor, dt: Tensor, A: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+            y, state = original(x, dt, A, *args, **options)
+            seen.update(A=A.dtype, D=args[2].dtype, dt_bias=options["dt_bias"].dtype, state=state.dtype, x=x.dtype)
+            return y, state
+
+        monkeypatch.setattr(module, name, spy)
+
+    watch(ssm_mixer, "ssd_scan")
+    watch(mamba1_mixer, "selective_scan")
+    for module in model.modules():
+        if type(module).__name__ in norms:
+            module.register_forward_hook(lambda m, _inputs, out: norms[type(m).__name__].add(out[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(ModelInput(_columns()))
     assert seen.pop("x") == torch.bfloat16, "the test ran without autocast"
     assert set(seen) == {"A", "D", "dt_bias", "state"}
     assert set(seen.values()) == {torch.float32}
