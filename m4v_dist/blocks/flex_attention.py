@@ -10,7 +10,6 @@ kernel is compiled a few times only; the padding is a segment of its own, which 
 Legend: `l` tokens of all columns and padding, `n` heads, `p` head width, `q` `k` blocks of queries and keys.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -136,7 +135,7 @@ def flex_joint_attention(
 
 def _pack(text: Tensor, video: Tensor, layout: PackedLayout, length: int) -> Tensor:
     """Column after column, padded with zeros: 1 n l p."""
-    parts: Sequence[Tensor] = [
+    parts = [
         part
         for pair in zip(text.split(layout.text_lengths), video.split(layout.video_lengths), strict=True)
         for part in pair
