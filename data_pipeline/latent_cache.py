@@ -20,12 +20,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from data_pipeline.deterministic_tar import add_member, open_deterministic_tar
 from data_pipeline.manifest import IndexRow, read_index, write_index
-from data_pipeline.pack import add_member, open_deterministic_tar
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import DataError
-from m4v_dist.frozen.latent_normalization import LatentNormalization
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -142,7 +141,6 @@ class LatentCache:
         path: the cache's folder.
         manifest: the whole manifest.
         null_text: features of the empty prompt.
-        normalization: statistics of the latents.
     """
 
     def __init__(
@@ -151,7 +149,6 @@ class LatentCache:
         self.path = path
         self.manifest = manifest
         self.null_text = null_text
-        self.normalization = LatentNormalization.from_json(manifest["normalization"])
         self._rows = dict(rows)
 
     @classmethod

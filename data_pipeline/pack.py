@@ -4,7 +4,6 @@ Written bytes depend on the records alone (no time, owner or host in the tar), a
 when it is whole. Per key one media member and `json` and/or `txt` with the caption.
 """
 
-import io
 import json
 import os
 import tarfile
@@ -17,6 +16,7 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from data_pipeline.decode import IMAGE_KINDS, VIDEO_KINDS
+from data_pipeline.deterministic_tar import add_member, open_deterministic_tar
 from m4v_dist import storage
 from m4v_dist.errors import DataError
 
@@ -104,18 +104,6 @@ def _write_shard(records: list[RawClip], path: str) -> str:
             add_member(tar, f"{record.key}.json", json.dumps(notes, sort_keys=True, ensure_ascii=False).encode())
     storage.put_file(temporary, path)
     return path
-
-
-def open_deterministic_tar(file: Any) -> tarfile.TarFile:
-    """A tar for writing whose bytes depend on its members alone."""
-    return tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
-
-
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Append a file with no time, owner or host in its header."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 def read_shard(path: str) -> Iterator[RawClip | ShardDamage]:

@@ -21,6 +21,7 @@ from m4v_dist import storage
 from m4v_dist.config.load import config_from_json, config_to_json
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
+from m4v_dist.frozen.latent_normalization import LatentNormalization
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.launch.progress import TrainingProgress
@@ -86,11 +87,12 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
     torch.set_num_threads(config.trainer.num_threads)
     mesh = Mesh.of_process_group(use_gpu=config.launch.use_gpu)
     cache = LatentCache.open(config.precompute.cache)
+    normalization = LatentNormalization.from_json(cache.manifest["normalization"])
     trainer = Trainer(
         config,
         mesh,
         build_model=lambda: build_model(config.model, config.kernels, seed=config.run.seed),
-        objective=PyramidFlowMatching(config.objective, cache.normalization.normalize, mesh.device),
+        objective=PyramidFlowMatching(config.objective, normalization.normalize, mesh.device),
         loader=build_loader(config, cache, mesh.rank, mesh.world_size),
         should_stop=should_stop,
     )

@@ -1,6 +1,7 @@
-"""The house of m4v_dist/README.md as a test: imports point down, and each dependency has one door."""
+"""The house of m4v_dist/README.md as a test: imports point down, each dependency has one door, few files reach far."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ DOORS: dict[str, set[str]] = {
 NOT_BUILT_YET = {"triton", "mamba_ssm"}
 """Dependencies whose door is kept free for a file that is still to come."""
 
+NEVER_REACHES: dict[str, set[str]] = {
+    "data_pipeline/loader.py": {
+        "data_pipeline.decode", "data_pipeline.decoder_pool", "data_pipeline.encode", "m4v_dist.frozen",
+        "webdataset", "decord", "av", "PIL", "transformers", "ray",
+    },
+}  # fmt: skip
+"""What a file must not import, nor any file that it imports: training needs nothing of what made its cache."""
+REACHES_ONLY: dict[str, set[str]] = {
+    "data_pipeline/mixture.py": set(),
+    "m4v_dist/config/": {"pydantic", "m4v_dist.config", "m4v_dist.errors"},
+    "m4v_dist/kernels/": {"torch", "einops", "triton", "mamba_ssm", "m4v_dist.kernels"},
+}
+"""All that a file, or the files of a folder, may import, those that they import counted; the standard library aside."""
+
 
 def _sources() -> list[Path]:
     return sorted(path for folder in ("m4v_dist", "data_pipeline", "jobs") for path in (ROOT / folder).rglob("*.py"))
@@ -82,6 +97,36 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def _modules() -> dict[str, Path]:
+    """Every file of ours by the name that it is imported by."""
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in _sources()}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def _reached(path: Path) -> dict[str, str]:
+    """What a file imports and what that imports in turn: module of ours, or package of others, to the way there."""
+    modules = _modules()
+    found: dict[str, str] = {}
+    waiting = [(path, _name(path))]
+    while waiting:
+        user, way = waiting.pop()
+        for module in _imports(user):
+            parts = module.split(".")
+            # whoever imports a.b runs a as well
+            targets = {".".join(parts[:end]) for end in range(1, len(parts) + 1)} & modules.keys()
+            for target in targets or {parts[0]}:
+                if target in found or target in sys.stdlib_module_names or target in {"m4v_dist", "data_pipeline"}:
+                    continue
+                found[target] = f"{way} > {target}"
+                if target in modules:
+                    waiting.append((modules[target], found[target]))
+    return found
+
+
+def _is_in(module: str, places: set[str]) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
 @pytest.mark.parametrize("path", _sources(), ids=_name)
 def test_imports_point_down(path: Path) -> None:
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -99,6 +144,22 @@ def test_dependency_has_one_door(dependency: str) -> None:
     assert users <= DOORS[dependency], f"{dependency} is imported outside its door: {sorted(users - DOORS[dependency])}"
     unused = DOORS[dependency] - users
     assert bool(unused) == (dependency in NOT_BUILT_YET), f"{dependency} is not imported by its door {sorted(unused)}"
+
+
+@pytest.mark.parametrize("name", sorted(NEVER_REACHES))
+def test_a_file_never_reaches_what_it_must_do_without(name: str) -> None:
+    gone = {place for place in NEVER_REACHES[name] if _room(place)} - _modules().keys()
+    assert not gone, f"{sorted(gone)} moved; NEVER_REACHES forbids what is not there"
+    ways = [way for module, way in _reached(ROOT / name).items() if _is_in(module, NEVER_REACHES[name])]
+    assert not ways, "\n".join(ways)
+
+
+@pytest.mark.parametrize("place", sorted(REACHES_ONLY))
+def test_a_file_reaches_no_more_than_its_list(place: str) -> None:
+    paths = [path for path in _sources() if _name(path).startswith(place)]
+    assert paths, f"{place} is gone; take it off REACHES_ONLY"
+    ways = [way for path in paths for module, way in _reached(path).items() if not _is_in(module, REACHES_ONLY[place])]
+    assert not ways, "\n".join(ways)
 
 
 def test_every_room_is_in_use() -> None:
