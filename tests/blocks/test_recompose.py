@@ -30,7 +30,7 @@ def test_order_is_text_then_register_and_frame_old_to_new_then_text() -> None:
     assert plan.cu_seqlens.tolist() == [0, 12]
 
 
-@pytest.mark.parametrize("path", [0, 3, 7])
+@pytest.mark.parametrize("path", range(8))
 def test_invert_undoes_recompose_exactly(path: int) -> None:
     layout = mixed_layout()
     text, video, registers = _tokens(layout)
