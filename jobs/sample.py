@@ -1,4 +1,7 @@
-"""`python -m jobs.sample`: prompts to videos, from a committed checkpoint's averaged weights, to `<run>/samples/`."""
+"""`python -m jobs.sample`: prompts to videos, from a committed checkpoint's averaged weights, to `<run>/samples/`.
+
+With `sampling.first_frame` every video begins with that picture, as the codec gives it back (image to video).
+"""
 
 import logging
 import sys
@@ -16,8 +19,8 @@ from m4v_dist.batch import TextFeatures, derive_seed
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint
-from m4v_dist.frozen.video_file import write_mp4
-from m4v_dist.frozen.video_vae import Codec, build_codec, frames_to_uint8
+from m4v_dist.frozen.video_file import MediaError, centre_crop, decode_image, resize_cover, write_mp4
+from m4v_dist.frozen.video_vae import Codec, build_codec, frames_from_uint8, frames_to_uint8
 from m4v_dist.model.build import build_model
 from m4v_dist.objective.pyramid_schedule import PyramidSchedule
 from m4v_dist.sampling.pyramid_sampler import sample_latents
@@ -35,8 +38,9 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     """Sample one video a prompt.
 
     Raises:
-        ConfigError: no prompts, no GPU where one is asked for, or settings that the checkpoint was not trained with.
-        DataError: no committed checkpoint, or a damaged one.
+        ConfigError: no prompts, no first frame or GPU where one is asked for, or settings that the checkpoint was not
+            trained with.
+        DataError: no committed checkpoint, or a damaged one; a first frame that is no picture.
     """
     prompts = config.sampling.prompts
     if not prompts:
@@ -48,21 +52,24 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     device = choose_device(config)
     path = choose_checkpoint(config)
     require_trained_settings(config, codec, path)
+    first_frame = read_first_frame(config)
     if dry_run:
+        beginning = "" if first_frame is None else f", each beginning with {config.sampling.first_frame}"
         return (
             f"would sample {len(prompts)} videos of {config.sampling.num_latents} latents, {grid[0]} x {grid[1]} each, "
-            f"from {path}"
+            f"from {path}{beginning}"
         )
     # As in training: on a busy machine more threads than free cores wait for one another.
     torch.set_num_threads(config.trainer.num_threads)
     model = _load_model(config, path).to(device)
     *texts, null_text = build_text_encoder(config.text_encoder).encode([*prompts, ""])
+    first_latents = None if first_frame is None else codec.normalization.normalize(codec.encode(first_frame))
     folder = storage.join(config.run.folder, "samples")
     _remove_earlier(folder)
     entries: list[dict[str, Any]] = []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         started = time.monotonic()
-        latents = _sample_prompt(config, model, codec, prompt, (text, null_text), grid)
+        latents = _sample_prompt(config, model, codec, prompt, (text, null_text), first_latents)
         frames = frames_to_uint8(codec.decode(codec.normalization.denormalize(latents)))
         file = f"{number:02d}.mp4"
         write_mp4(storage.join(folder, file), frames, config.sampling.fps)
@@ -73,10 +80,36 @@ def sample(config: RunConfig, dry_run: bool) -> str:
                 "checkpoint": path.rsplit("/", 1)[-1],
                 "seconds": time.monotonic() - started,
                 "seed": config.sampling.seed,
+                "first_frame": config.sampling.first_frame,
             }
         )
     storage.write_json(storage.join(folder, "samples.json"), entries)
     return f"{len(entries)} videos from {entries[0]['checkpoint']} in {folder}"
+
+
+def read_first_frame(config: RunConfig) -> Tensor | None:
+    """The picture that the videos begin with, 1 h w c, float32 in [-1, 1], scaled and cropped to the sampled size.
+
+    Returns:
+        None where `sampling.first_frame` names none.
+
+    Raises:
+        ConfigError: no such file.
+        DataError: it is no picture.
+    """
+    path, size = config.sampling.first_frame, (config.sampling.height_px, config.sampling.width_px)
+    if path is None:
+        return None
+    try:
+        picture = decode_image(storage.read_bytes(path))
+    except OSError as error:
+        raise ConfigError(
+            f"sampling.first_frame={path}: cannot be read ({error.strerror or error}); name a picture, or leave it out "
+            "to sample from the prompt alone."
+        ) from error
+    except MediaError as error:
+        raise DataError(f"sampling.first_frame={path}: {error}; give a picture, such as a JPEG or PNG.") from error
+    return frames_from_uint8(torch.from_numpy(centre_crop(resize_cover(picture, *size), *size).copy()))
 
 
 def _remove_earlier(folder: str) -> None:
@@ -178,7 +211,7 @@ def _sample_prompt(
     codec: Codec,
     prompt: str,
     text: tuple[TextFeatures, TextFeatures],
-    grid: tuple[int, int],
+    first_latents: Tensor | None,
 ) -> Tensor:
     """Normalised latents c t h w of one prompt, on the CPU; `text` is the prompt's and the null prompt's."""
     sampling, objective = config.sampling, config.objective
@@ -197,15 +230,17 @@ def _sample_prompt(
                 objective.num_pyramid_stages, gamma=objective.gamma, num_train_timesteps=objective.num_train_timesteps
             ),
             num_latents=sampling.num_latents,
-            grid_height=grid[0],
-            grid_width=grid[1],
+            grid_height=sampling.height_px // codec.spatial_stride,
+            grid_width=sampling.width_px // codec.spatial_stride,
             channels=codec.latent_channels,
             first_unit_steps=sampling.first_unit_steps,
             later_unit_steps=sampling.later_unit_steps,
             first_unit_guidance=sampling.first_unit_guidance,
             later_unit_guidance=sampling.later_unit_guidance,
+            has_linear_guidance=sampling.has_linear_guidance,
             generators=[generator],
             device=next(model.parameters()).device,
+            first_latents=None if first_latents is None else [first_latents],
             progress=show,
         )
     return latents.cpu()

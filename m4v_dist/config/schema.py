@@ -369,7 +369,19 @@ class SamplingSettings(Settings):
         default=(10, 10, 10), description="Per pyramid stage, later latents."
     )
     first_unit_guidance: float = Field(default=7.0, ge=1, description="Classifier-free guidance of the first latent.")
-    later_unit_guidance: float = Field(default=5.0, ge=1, description="Classifier-free guidance of later latents.")
+    later_unit_guidance: float = Field(
+        default=5.0,
+        ge=1,
+        description="Classifier-free guidance of later latents; PyramidFlow takes 4 with a first frame.",
+    )
+    has_linear_guidance: bool = Field(
+        default=False,
+        description="Guidance falls by 0.5 a latent from first_unit_guidance to 2; later_unit_guidance is not read.",
+    )
+    first_frame: str | None = Field(
+        default=None,
+        description="Picture that every video goes on from (image to video), scaled and cropped; local or s3://.",
+    )
     checkpoint: str | None = Field(default=None, description="Checkpoint folder name; None takes the newest committed.")
     seed: int = Field(default=0, ge=0, description="Seed of the sampler's noise.")
 
@@ -405,3 +417,12 @@ class RunConfig(Settings):
     def held_out_sources(self) -> tuple[SourceSettings, ...]:
         """Sources of the held-out loss."""
         return tuple(source for source in self.sources if source.split == "held_out")
+    @model_validator(mode="after")
+    def _leaves_latents_to_sample(self) -> "SamplingSettings":
+        if self.first_frame is not None and self.num_latents < 2:
+            raise ValueError(
+                f"first_frame={self.first_frame!r} is the first latent, and num_latents={self.num_latents} leaves none "
+                "to sample; use 2 or more"
+            )
+        return self
+

@@ -5,7 +5,11 @@ next stage, and so on. The finished latent joins the history of the next unit, c
 is what makes the model stand its errors). The history, the sigmas and the jumps are those of training:
 `objective/history.py` and `objective/pyramid_schedule.py`.
 
-Source: PyramidFlow pyramid_dit/pyramid_dit_for_video_gen_pipeline.py at 3040d71 (generate); M4V paper eq. 4.
+Given first latents (a picture's, or the end of another clip) are history like any other, so image to video is the same
+walk begun at a later unit.
+
+Source: PyramidFlow pyramid_dit/pyramid_dit_for_video_gen_pipeline.py at 3040d71 (generate, generate_i2v); M4V paper
+eq. 4.
 
 Legend: `c` channels, `t` latents in time, `h` `w` grid; K pyramid stages; a unit is one latent, numbered from 1.
 """
@@ -61,7 +65,7 @@ def sample_latents(
     later_unit_guidance: float,
     generators: Sequence[torch.Generator] = (),
     device: torch.device | str = "cpu",
-    initial_latents: Sequence[Tensor] | None = None,
+    first_latents: Sequence[Tensor] | None = None,
     has_linear_guidance: bool = False,
     draw_noise: DrawNoise | None = None,
     progress: Progress | None = None,
@@ -69,22 +73,23 @@ def sample_latents(
     """Sample one clip of latents per prompt; all prompts go through the model together.
 
     A prompt's clip depends on its text and its generator only, not on the other prompts; its first n latents do not
-    depend on `num_latents`.
+    depend on `num_latents`. Nor does the noise of a unit depend on whether the latents before it were
+    sampled or given: a clip that is begun again from its own first latents, with the same generator, goes on the same.
 
     Args:
         model: velocity of each column; put it in eval mode first. Runs without gradient.
         text: one per prompt.
         null_text: the empty (or a negative) prompt.
         schedule: that of training.
-        num_latents: length of the clip in latents, the initial ones counted.
+        num_latents: length of the clip in latents, the given ones counted.
         grid_height, grid_width: full-size latent grid.
         channels: c.
         first_unit_steps, later_unit_steps: Euler steps for each pyramid stage, of unit 1 and of the others.
         first_unit_guidance, later_unit_guidance: classifier-free guidance, 1 or more.
         generators: one CPU generator per prompt; advanced by the draws. Unused when `draw_noise` is given.
         device: where the model runs.
-        initial_latents: per prompt c t h w, normalised, the same t < num_latents: the clip goes on from them (image to
-            video with t = 1).
+        first_latents: per prompt c t h w, normalised, the same t < num_latents: the clip begins with them unchanged and
+            goes on from them (image to video with t = 1).
         has_linear_guidance: guidance falls by 0.5 a unit from the first to 2, instead of first and later.
         draw_noise: source of noise instead of the generators, to replay recorded draws.
         progress: called after each Euler step.
@@ -94,10 +99,11 @@ def sample_latents(
 
     Raises:
         ConfigError: steps, guidance or sizes that cannot work.
-        ValueError: counts or shapes of the arguments that do not fit each other, or a model that gave NaN or infinity.
+        ValueError: counts or shapes of the arguments that do not fit each other, first latents that are not finite, or
+            a model that gave NaN or infinity.
     """
     shape = (channels, 1, grid_height, grid_width)
-    first_unit = _check_request(text, initial_latents, generators, draw_noise, shape, num_latents)
+    first_unit = _check_request(text, first_latents, generators, draw_noise, shape, num_latents)
     _check_plan(schedule, grid_height, grid_width, first_unit_steps, later_unit_steps)
     target = torch.device(device)
     walk = _Walk(
@@ -105,13 +111,13 @@ def sample_latents(
         text=tuple(features.to(target) for features in text),
         null_text=null_text.to(target),
         schedule=schedule,
-        draw_noise=draw_noise or _generator_noise(generators, schedule.gamma),
+        draw_noise=draw_noise or _generator_noise(generators, schedule, shape, first_unit),
         shape=shape,
         device=target,
     )
     history = [torch.zeros(channels, 0, grid_height, grid_width, device=target) for _ in text]
-    if initial_latents is not None:
-        history = [latents.to(target, torch.float32) for latents in initial_latents]
+    if first_latents is not None:
+        history = [latents.to(target, torch.float32) for latents in first_latents]
     units = range(first_unit, num_latents + 1)
     steps = {unit: tuple(first_unit_steps if unit == 1 else later_unit_steps) for unit in units}
     count = _Count(sum(sum(stage_steps) for stage_steps in steps.values()), progress)
@@ -184,19 +190,34 @@ def _draw(walk: _Walk, prompt: int, unit: int, stage: int, shape: tuple[int, int
     return walk.draw_noise(prompt, unit, stage, shape).to(walk.device, torch.float32)
 
 
-def _generator_noise(generators: Sequence[torch.Generator], gamma: float) -> DrawNoise:
-    """Draw from each prompt's own generator, on the CPU so that the numbers do not depend on the device."""
+def _generator_noise(
+    generators: Sequence[torch.Generator],
+    schedule: PyramidSchedule,
+    full_shape: tuple[int, int, int, int],
+    first_unit: int,
+) -> DrawNoise:
+    """Draw from each prompt's own generator, on the CPU so that the numbers do not depend on the device.
+
+    The draws of the units before `first_unit` are made and left, so that giving them moves no other draw.
+    """
 
     def draw(prompt: int, unit: int, pyramid_stage: int, shape: tuple[int, int, int, int]) -> Tensor:
         white = torch.randn(shape, generator=generators[prompt])
-        return white if pyramid_stage == 0 else block_noise(white, gamma)
+        return white if pyramid_stage == 0 else block_noise(white, schedule.gamma)
 
+    channels, num_latents, height, width = full_shape
+    for generator in generators:
+        for _ in range(1, first_unit):
+            torch.randn(full_shape, generator=generator)
+            for stage in range(1, schedule.num_stages):
+                grid = level_grid((height, width), stage, schedule.num_stages)
+                torch.randn((channels, num_latents, *grid), generator=generator)
     return draw
 
 
 def _check_request(
     text: Sequence[TextFeatures],
-    initial_latents: Sequence[Tensor] | None,
+    first_latents: Sequence[Tensor] | None,
     generators: Sequence[torch.Generator],
     draw_noise: DrawNoise | None,
     shape: tuple[int, int, int, int],
@@ -208,19 +229,22 @@ def _check_request(
     if draw_noise is None and len(generators) != len(text):
         raise ValueError(f"sampler: {len(generators)} generators for {len(text)} prompts; give one to each.")
     lengths = {0}
-    if initial_latents is not None:
-        lengths = {latents.shape[1] for latents in initial_latents}
-        grids = {(latents.shape[0], 1, *latents.shape[2:]) for latents in initial_latents}
-        if len(initial_latents) != len(text) or len(lengths) != 1 or grids != {shape}:
-            shapes = [tuple(latents.shape) for latents in initial_latents]
+    if first_latents is not None:
+        shapes = [tuple(latents.shape) for latents in first_latents]
+        lengths = {dims[1] for dims in shapes if len(dims) == 4}
+        are_fitting = all(len(dims) == 4 and (dims[0], 1, *dims[2:]) == shape for dims in shapes)
+        if len(shapes) != len(text) or len(lengths) != 1 or not are_fitting:
             raise ValueError(
-                f"sampler: initial latents {shapes} for {len(text)} prompts; give one c t h w to each, of one length t "
+                f"sampler: first latents {shapes} for {len(text)} prompts; give one c t h w to each, of one length t "
                 f"and of c, h, w = {shape[0]}, {shape[2]}, {shape[3]}."
             )
+        if not all(bool(torch.isfinite(latents).all()) for latents in first_latents):
+            raise ValueError("sampler: first latents are not finite; every later latent would come out so.")
     first_unit = lengths.pop() + 1
     if num_latents < first_unit:
         raise ConfigError(
-            f"sampler: num_latents={num_latents} leaves nothing to sample after {first_unit - 1} initial latents."
+            f"sampler: num_latents={num_latents} leaves nothing to sample after {first_unit - 1} first latents; ask "
+            f"for {first_unit} or more, or give fewer."
         )
     return first_unit
 

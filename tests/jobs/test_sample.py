@@ -6,19 +6,20 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import jobs.sample
 from jobs import cli
-from jobs.sample import choose_checkpoint, require_trained_settings, sample
+from jobs.sample import choose_checkpoint, read_first_frame, require_trained_settings, sample
 from m4v_dist import storage
 from m4v_dist.config.load import parse_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.pca_codec import EMBEDDED_WEIGHTS
 from m4v_dist.frozen.text_encoder import build_text_encoder
-from m4v_dist.frozen.video_file import read_video
+from m4v_dist.frozen.video_file import encode_png, read_video
 from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.model.build import build_model
 from m4v_dist.parallel.mesh import Mesh
@@ -54,7 +55,10 @@ def _config(folder: str, **sampling: object) -> RunConfig:
 def _save_job(folder: str) -> str:
     """Save a checkpoint whose plain weights are unusable: a sampler that takes them instead of the average fails."""
     config = _config(folder)
-    average = build_model(config.model, config.kernels, seed=1).state_dict()
+    # Away from the zeros that the last layers start with, so that text, history and guidance have a say.
+    model = build_model(config.model, config.kernels, seed=1)
+    torch.manual_seed(1)
+    average = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
     shapes = {name: list(tensor.shape) for name, tensor in average.items()}
     ranges = [(name, 0, tensor.reshape(-1)) for name, tensor in average.items()]
     broken = [(name, 0, torch.full_like(tensor, torch.nan)) for name, _, tensor in ranges]
@@ -94,6 +98,72 @@ def test_a_prompt_s_video_depends_on_its_own_seed_alone(run: str) -> None:
     assert storage.read_bytes(f"{run}/samples/00.mp4") == first
     sample(_config(run, prompts=["a plane"], seed=1), False)
     assert storage.read_bytes(f"{run}/samples/00.mp4") != first
+
+
+def _picture(folder: Path, height_px: int = 64, width_px: int = 64) -> str:
+    """A picture, red on the left and blue on the right, with a grey edge left and right that a square crop cuts off."""
+    pixels = np.zeros((height_px, width_px, 3), np.uint8)
+    margin = (width_px - height_px) // 2
+    pixels[:, : width_px // 2, 0] = 200
+    pixels[:, width_px // 2 :, 2] = 200
+    pixels[:, :margin] = pixels[:, width_px - margin :] = 128
+    (folder / "first.png").write_bytes(encode_png(pixels))
+    return str(folder / "first.png")
+
+
+def test_a_video_begins_with_the_given_picture(run: str, tmp_path: Path) -> None:
+    sample(_config(run), False)
+    without, _ = read_video(f"{run}/samples/00.mp4")
+    sample(_config(run, first_frame=_picture(tmp_path)), False)
+    frames, _ = read_video(f"{run}/samples/00.mp4")
+    assert frames.shape == (9, 64, 64, 3)
+    left, right = frames[0, :, :24].mean((0, 1)), frames[0, :, 40:].mean((0, 1))
+    assert np.abs(left - [200, 0, 0]).max() < 25 and np.abs(right - [0, 0, 200]).max() < 25
+    assert np.abs(frames[0].astype(float) - without[0]).mean() > 30
+    assert {entry["first_frame"] for entry in storage.read_json(f"{run}/samples/samples.json")} == {
+        str(tmp_path / "first.png")
+    }
+
+
+def test_a_picture_of_another_shape_covers_the_size_and_loses_its_edges(tmp_path: Path) -> None:
+    frame = read_first_frame(_config("r", first_frame=_picture(tmp_path, height_px=100, width_px=300)))
+    assert frame is not None and frame.shape == (1, 64, 64, 3) and frame.dtype == torch.float32
+    assert float(frame.min()) == -1.0 and float(frame.max()) == pytest.approx(200 / 127.5 - 1, abs=0.1)
+    torch.testing.assert_close(frame[0, 32, 4], torch.tensor([200 / 127.5 - 1, -1.0, -1.0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(frame[0, 32, -4], torch.tensor([-1.0, -1.0, 200 / 127.5 - 1]), atol=0.02, rtol=0)
+    assert read_first_frame(_config("r")) is None
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_first_frame_that_is_not_there_is_exit_2(run: str, tmp_path: Path, dry_run: bool) -> None:
+    with pytest.raises(ConfigError, match="sampling.first_frame=.*none.png: cannot be read .No such file"):
+        sample(_config(run, first_frame=str(tmp_path / "none.png")), dry_run)
+    with pytest.raises(ConfigError, match="cannot be read .Is a directory"):
+        sample(_config(run, first_frame=str(tmp_path)), dry_run)
+
+
+def test_a_first_frame_that_is_no_picture_is_exit_3(run: str, tmp_path: Path) -> None:
+    (tmp_path / "first.png").write_text("no picture")
+    with pytest.raises(DataError, match="first.png: picture cannot be read .* give a picture"):
+        sample(_config(run, first_frame=str(tmp_path / "first.png")), True)
+
+
+def test_a_first_frame_that_leaves_nothing_to_sample_is_exit_2(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_latents=1 leaves none to sample"):
+        _config(str(tmp_path), first_frame="a.png", num_latents=1)
+
+
+def test_a_dry_run_names_the_first_frame(run: str, tmp_path: Path) -> None:
+    picture = _picture(tmp_path)
+    assert sample(_config(run, first_frame=picture), True).endswith(f"each beginning with {picture}")
+
+
+def test_linear_guidance_does_not_read_that_of_later_latents(run: str) -> None:
+    videos = []
+    for is_linear, later in ((True, 5.0), (True, 9.0), (False, 5.0), (False, 9.0)):
+        sample(_config(run, prompts=["a fox"], has_linear_guidance=is_linear, later_unit_guidance=later), False)
+        videos.append(storage.read_bytes(f"{run}/samples/00.mp4"))
+    assert videos[0] == videos[1] and len(set(videos)) == 3
 
 
 def test_an_uncommitted_folder_is_passed_over_with_its_name(run: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -157,6 +157,18 @@ def test_each_missing_part_is_stated(run_folder: Path) -> None:
     assert "An M4V, trained for 100 steps" in words and "worker was killed" not in words
 
 
+def test_videos_that_began_with_a_given_picture_are_not_called_made_from_the_prompt_alone(
+    page: str, run_folder: Path
+) -> None:
+    assert "Made from the prompt alone" in page
+    path = str(run_folder / "samples" / "samples.json")
+    entries = storage.read_json(path)
+    storage.write_json(path, [entry | {"first_frame": None} for entry in entries])
+    assert "Made from the prompt alone" in _render(run_folder)
+    storage.write_json(path, [entry | {"first_frame": "a.png"} for entry in entries])
+    assert "Made from the prompt and a given first frame" in _render(run_folder)
+
+
 def test_a_named_video_that_is_missing_is_an_error(run_folder: Path) -> None:
     (run_folder / "samples" / "01.mp4").unlink()
     with pytest.raises(DataError, match="01.mp4"):

@@ -64,7 +64,7 @@ class _GoldenModel:
         return velocities
 
 
-def _run_golden() -> tuple[dict[str, Any], dict[str, Tensor], _GoldenModel, Tensor]:
+def _run_golden(**changes: Any) -> tuple[dict[str, Any], dict[str, Tensor], _GoldenModel, Tensor]:
     description, tensors = load_golden("pyramid_autoregressive_sampling")
     config = description["config"]
 
@@ -95,6 +95,7 @@ def _run_golden() -> tuple[dict[str, Any], dict[str, Tensor], _GoldenModel, Tens
         later_unit_guidance=config["vgs"],
         has_linear_guidance=config["linear"],
         draw_noise=draw_noise,
+        **changes,
     )
     return description, tensors, model, latents
 
@@ -221,20 +222,68 @@ def test_the_seed_decides_the_clip() -> None:
     assert not torch.equal(one, other)
 
 
-def test_initial_latents_stay_and_the_clip_goes_on_from_them() -> None:
-    initial = torch.randn(CHANNELS, 2, HEIGHT, WIDTH)
+def test_first_latents_stay_and_the_clip_goes_on_from_them() -> None:
+    given = torch.randn(CHANNELS, 2, HEIGHT, WIDTH)
     guidances: list[int] = []
 
     def model(model_input: ModelInput) -> list[Tensor]:
         guidances.append(len(model_input.columns))
         return _toy_model(model_input)
 
-    (latents,) = _sample(model, initial_latents=[initial], first_unit_guidance=3.0, later_unit_guidance=1.0)
+    (latents,) = _sample(model, first_latents=[given], first_unit_guidance=3.0, later_unit_guidance=1.0)
     assert latents.shape == (CHANNELS, 4, HEIGHT, WIDTH)
-    assert torch.equal(latents[:, :2], initial)
+    assert torch.equal(latents[:, :2], given)
     assert guidances == [1] * 10  # two later units of 2 + 2 + 1 steps, none with the first unit's steps or guidance
-    (other,) = _sample(initial_latents=[initial + 1], later_unit_guidance=1.0)
+    (other,) = _sample(first_latents=[given + 1], later_unit_guidance=1.0)
     assert not torch.equal(latents[:, 2:], other[:, 2:])
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("num_given", [1, 3])
+def test_a_clip_goes_on_from_its_own_first_latents_as_before(num_given: int, num_stages: int) -> None:
+    """The draws of given units are left unused, so that those of the others stay in their places."""
+    settings: dict[str, Any] = {
+        "schedule": PyramidSchedule(num_stages),
+        "first_unit_steps": (3,) * num_stages,
+        "later_unit_steps": (2,) * num_stages,
+        "text": [_text(1.0), _text(2.0)],
+    }
+    whole = _sample(generators=[slot_generator(1), slot_generator(2)], **settings)
+    given = [latents[:, :num_given] for latents in whole]
+    again = _sample(generators=[slot_generator(1), slot_generator(2)], first_latents=given, **settings)
+    assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
+
+
+def test_the_golden_clip_goes_on_from_its_own_first_latent() -> None:
+    """With the reference's recorded noise too, where the given unit's draws are never asked for."""
+    _, tensors, _, latents = _run_golden()
+    _, _, model, again = _run_golden(first_latents=[tensors["out.latents"][0][:, :1]])
+    torch.testing.assert_close(again, latents, rtol=2e-4, atol=2e-4)
+    assert min(sum(clip.shape[1] for clip in fed.columns[0].clips) for fed in model.fed) == 2
+
+
+def test_guidance_can_fall_with_the_unit_also_after_given_latents() -> None:
+    """0.5 a unit from the first to 2: units 1..4 from 3.2 have 3.2, 2.7, 2.2, 2."""
+    guidances: list[list[float]] = []
+
+    def model(model_input: ModelInput) -> list[Tensor]:
+        return [column.text.pooled[0] * torch.ones_like(column.clips[-1]) for column in model_input.columns]
+
+    first = torch.zeros(CHANNELS, 1, HEIGHT, WIDTH)
+    for changes in ({}, {"first_latents": [first]}):
+        # one step of one stage: the latent is noise minus the guided velocity, which is the guidance itself
+        (latents,) = _sample(
+            model,
+            schedule=PyramidSchedule(1),
+            first_unit_steps=(1,),
+            later_unit_steps=(1,),
+            first_unit_guidance=3.2,
+            has_linear_guidance=True,
+            draw_noise=lambda prompt, unit, stage, shape: torch.zeros(shape),
+            **changes,
+        )
+        guidances.append([round(-float(latent.mean()), 4) for latent in latents.unbind(1)])
+    assert guidances == [[3.2, 2.7, 2.2, 2.0], [0.0, 2.7, 2.2, 2.0]]
 
 
 def test_sampling_keeps_no_gradient_and_reports_each_step() -> None:
@@ -258,8 +307,16 @@ def test_sampling_keeps_no_gradient_and_reports_each_step() -> None:
         ({"later_unit_steps": (3, 2, 0)}, ConfigError, "later_unit_steps"),
         ({"num_latents": 0}, ConfigError, "num_latents=0"),
         ({"grid_height": 6}, ValueError, "6x16"),
-        ({"initial_latents": [torch.zeros(CHANNELS, 1, 4, 4)]}, ValueError, "initial latents"),
-        ({"initial_latents": [torch.zeros(CHANNELS, 4, HEIGHT, WIDTH)]}, ConfigError, "nothing to sample"),
+        ({"first_latents": [torch.zeros(CHANNELS, 1, 4, 4)]}, ValueError, r"first latents \[\(4, 1, 4, 4\)\]"),
+        ({"first_latents": [torch.zeros(CHANNELS, HEIGHT, WIDTH)]}, ValueError, "give one c t h w to each"),
+        ({"first_latents": []}, ValueError, "for 1 prompts"),
+        ({"first_latents": [torch.full((CHANNELS, 1, HEIGHT, WIDTH), torch.nan)]}, ValueError, "not finite"),
+        (
+            {"first_latents": [torch.zeros(CHANNELS, 4, HEIGHT, WIDTH)]},
+            ConfigError,
+            "num_latents=4 leaves nothing to sample after 4 first latents; ask for 5",
+        ),
+        ({"first_latents": [torch.zeros(CHANNELS, 6, HEIGHT, WIDTH)]}, ConfigError, "after 6 first latents"),
     ],
 )
 def test_requests_that_cannot_work_are_refused(changes: dict[str, Any], error: type[Exception], words: str) -> None:
