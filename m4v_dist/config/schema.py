@@ -385,6 +385,15 @@ class SamplingSettings(Settings):
     checkpoint: str | None = Field(default=None, description="Checkpoint folder name; None takes the newest committed.")
     seed: int = Field(default=0, ge=0, description="Seed of the sampler's noise.")
 
+    @model_validator(mode="after")
+    def _leaves_latents_to_sample(self) -> "SamplingSettings":
+        if self.first_frame is not None and self.num_latents < 2:
+            raise ValueError(
+                f"first_frame={self.first_frame!r} is the first latent, and num_latents={self.num_latents} leaves none "
+                "to sample; use 2 or more"
+            )
+        return self
+
 
 class RunConfig(Settings):
     """One run: everything that every verb needs."""
@@ -417,12 +426,3 @@ class RunConfig(Settings):
     def held_out_sources(self) -> tuple[SourceSettings, ...]:
         """Sources of the held-out loss."""
         return tuple(source for source in self.sources if source.split == "held_out")
-    @model_validator(mode="after")
-    def _leaves_latents_to_sample(self) -> "SamplingSettings":
-        if self.first_frame is not None and self.num_latents < 2:
-            raise ValueError(
-                f"first_frame={self.first_frame!r} is the first latent, and num_latents={self.num_latents} leaves none "
-                "to sample; use 2 or more"
-            )
-        return self
-
