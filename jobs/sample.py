@@ -70,7 +70,7 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         started = time.monotonic()
         latents = _sample_prompt(config, model, codec, prompt, (text, null_text), first_latents)
-        frames = frames_to_uint8(codec.decode(codec.normalization.denormalize(latents)))
+        frames = frames_to_uint8(codec.decode(codec.normalization.denormalize(latents).to(device)))
         file = f"{number:02d}.mp4"
         write_mp4(storage.join(folder, file), frames, config.sampling.fps)
         entries.append(

@@ -231,6 +231,38 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     return tensors_from_bytes(read_bytes(path))
 
 
+_TENSOR_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+}  # fmt: skip
+
+
+def read_tensor_layout(path: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype (torch's name of it) of each tensor of a safetensors file; only the header is read.
+
+    Raises:
+        ValueError: no safetensors file, or a cut one; the message names the file.
+    """
+    size = size_bytes(path)
+    length = int.from_bytes(read_bytes(path, 0, min(8, size)), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"{path}: {size} bytes are no safetensors file, or a cut one.")
+    try:
+        header = json.loads(read_bytes(path, 8, length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        layout = {
+            name: (tuple(entry["shape"]), _TENSOR_DTYPES.get(entry["dtype"], entry["dtype"]))
+            for name, entry in entries.items()
+        }
+    # ValueError: no JSON, no UTF-8; the others: JSON of another shape
+    except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path}: the header is no safetensors header ({error}).") from error
+    if 8 + length + end != size:
+        raise ValueError(f"{path}: holds {size} bytes, its header names {8 + length + end}: it is cut short.")
+    return layout
+
+
 def read_tensor_metadata(path: str) -> dict[str, str]:
     """Read the metadata of a local safetensors file."""
     with safe_open(path, framework="pt") as file:

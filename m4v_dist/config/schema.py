@@ -88,8 +88,40 @@ class PrecomputeSettings(Settings):
 class CodecSettings(Settings):
     """Frames to latents and back."""
 
-    kind: Literal["pca"] = Field(default="pca", description="pca: the embedded causal block transform.")
-    weights: str | None = Field(default=None, description="Safetensors file; None takes the embedded basis.")
+    kind: Literal["pca", "pyramid"] = Field(
+        default="pca",
+        description="pca: the embedded causal block transform; pyramid: PyramidFlow's causal video VAE.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="pca: a safetensors file, None takes the embedded basis; pyramid: its released folder, or a "
+        "weights file. Local or s3://.",
+    )
+    tile_px: int = Field(
+        default=256,
+        ge=0,
+        multiple_of=32,
+        description="pyramid: larger frames are cut into tiles of this side, a quarter shared; 0: never.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="pyramid: what it runs in.")
+    posterior: Literal["sample", "mean"] = Field(
+        default="sample", description="pyramid: cached latents are drawn, seeded by the record's key; or the mean."
+    )
+
+    @model_validator(mode="after")
+    def _is_of_its_kind(self) -> "CodecSettings":
+        if self.kind == "pyramid" and not self.weights:
+            raise ValueError("kind='pyramid' has no embedded weights; set weights to its released folder")
+        if self.kind == "pca":
+            fields = type(self).model_fields
+            stray = [
+                f"{name}={getattr(self, name)!r}"
+                for name in ("tile_px", "dtype", "posterior")
+                if getattr(self, name) != fields[name].default
+            ]
+            if stray:
+                raise ValueError(f"{', '.join(stray)} has no effect on kind='pca'; leave it out")
+        return self
 
 
 class TextEncoderSettings(Settings):

@@ -100,11 +100,12 @@ class PcaCodec:
         geometry = f"block 8x8x1 then 8x8x8, {self.latent_channels} channels"
         return {"codec": self.name, "codec_weights_sha256": self._weights_sha256, "codec_config": geometry}
 
-    def encode(self, frames: Tensor) -> Tensor:
+    def encode(self, frames: Tensor, *, seed: int | None = None) -> Tensor:
         """Code a clip.
 
         Args:
             frames: t h w c, float in [-1, 1], t = 8k+1, h and w multiples of 8. Gradients pass.
+            seed: without effect, since nothing is drawn here; the codecs' common signature.
 
         Returns:
             c t h w, float32, un-normalised: k+1 latents at an eighth of the size.
@@ -131,6 +132,20 @@ class PcaCodec:
         for start in range(1, latents.shape[1]):
             frames.append(self._restore(latents[:, start : start + 1], "later", frames_of_group=BLOCK))
         return torch.cat(frames)
+
+    def decode_last(self, context: Tensor, last: Tensor, *, recompute: bool = False) -> Tensor:
+        """Decode the latent c 1 h w that follows `context` c t h w: 8 frames, or 1 without context; see `Codec`.
+
+        A latent is decoded alone here, so the context only says which kind it is, and there is nothing to recompute.
+        """
+        if last.ndim != 4 or last.shape[1] != 1 or context.ndim != 4 or context[:, :0].shape != last[:, :0].shape:
+            raise ValueError(
+                f"pca codec: decode_last wants context c t h w and one latent c 1 h w of its size, got "
+                f"{tuple(context.shape)} and {tuple(last.shape)}."
+            )
+        if context.shape[1] == 0:
+            return self.decode(last)
+        return self._restore(last, "later", frames_of_group=BLOCK)
 
     def _project(self, frames: Tensor, kind: str, grid_height: int) -> Tensor:
         basis, mean = self._weights(kind, frames.device)

@@ -1,0 +1,133 @@
+"""Released weights from a file, strictly: names, shapes and dtypes are compared before a tensor is read.
+
+safetensors, or what `torch.save` wrote of a state dict (`.bin`, `.pt`, `.pth`; read with weights_only, so that a file
+runs no code). Local or s3://. Weights are handed out in float32: float32, bfloat16 and float16 all fit in it.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from m4v_dist import storage
+from m4v_dist.errors import DataError
+
+SAFETENSORS = (".safetensors",)
+PICKLES = (".bin", ".pt", ".pth")
+DTYPES = ("float32", "bfloat16", "float16")
+"""What weights may be stored in."""
+_NUM_NAMED = 5
+_HASH_BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Shape and dtype (torch's name of it) of a tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_layout(path: str) -> dict[str, TensorLayout]:
+    """Names, shapes and dtypes of a weights file; of safetensors only the header is read.
+
+    Raises:
+        DataError: the file is damaged, or no state dict, or of another kind.
+    """
+    if path.endswith(SAFETENSORS):
+        return {name: TensorLayout(shape, dtype) for name, (shape, dtype) in _header(path).items()}
+    return {
+        name: TensorLayout(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in _unpickle(path, "meta").items()
+    }
+
+
+def load_weights(module: nn.Module, path: str) -> None:
+    """Give `module` (on the meta device, or real) the file's weights as float32 on the CPU; strict.
+
+    Raises:
+        DataError: see `read_layout` and `require_layout`.
+    """
+    require_layout(path, read_layout(path), module.state_dict())
+    tensors = storage.read_tensors(path) if path.endswith(SAFETENSORS) else _unpickle(path, "cpu")
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+
+
+def require_layout(path: str, found: Mapping[str, TensorLayout], wanted: Mapping[str, Tensor]) -> None:
+    """Compare a file's layout with a state dict's; equal names and shapes, and dtypes that fit in float32.
+
+    Raises:
+        DataError: with what is missing, extra, or of another shape or dtype (both values each).
+    """
+    problems = [
+        *_describe("missing", sorted(wanted.keys() - found.keys())),
+        *_describe("too many", sorted(found.keys() - wanted.keys())),
+        *_describe(
+            "of another shape",
+            [
+                f"{name}: file {list(found[name].shape)}, wanted {list(tensor.shape)}"
+                for name, tensor in wanted.items()
+                if name in found and found[name].shape != tuple(tensor.shape)
+            ],
+        ),
+        *_describe(
+            "of another dtype",
+            [
+                f"{name}: file {layout.dtype}, wanted {', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
+                for name, layout in found.items()
+                if name in wanted and layout.dtype not in DTYPES
+            ],
+        ),
+    ]
+    if problems:
+        raise DataError(
+            f"{path}: these are not the weights of this network ({len(found)} tensors, wanted {len(wanted)}): "
+            f"{'; '.join(problems)}. Take the released file, and the config that belongs to it."
+        )
+
+
+def sha256(path: str) -> str:
+    """Hash of the file's bytes, read block by block."""
+    digest = hashlib.sha256()
+    with storage.open_read(path) as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _describe(what: str, entries: Sequence[str]) -> list[str]:
+    if not entries:
+        return []
+    more = f", and {len(entries) - _NUM_NAMED} more" if len(entries) > _NUM_NAMED else ""
+    return [f"{len(entries)} {what} ({', '.join(entries[:_NUM_NAMED])}{more})"]
+
+
+def _header(path: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    try:
+        return storage.read_tensor_layout(path)
+    except ValueError as error:
+        raise DataError(f"{error} Fetch the file again.") from error
+
+
+def _unpickle(path: str, device: str) -> dict[str, Tensor]:
+    """A state dict that torch.save wrote; on "meta" the numbers stay in the file."""
+    if not path.endswith(PICKLES):
+        raise DataError(f"{path}: weights are read from {', '.join(SAFETENSORS + PICKLES)} files; convert it to one.")
+    with storage.open_read(path) as file:
+        try:
+            state: Any = torch.load(file, map_location=device, weights_only=True)
+        # RuntimeError: no archive, or a cut one; UnpicklingError: holds more than tensors; EOFError: empty
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise DataError(
+                f"{path}: torch.load(weights_only=True) cannot read it ({reason}); it is damaged or holds more than "
+                "tensors: fetch it again, or save its state dict alone."
+            ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        held = f"keys {sorted(map(str, state))[:_NUM_NAMED]}" if isinstance(state, dict) else type(state).__name__
+        raise DataError(f"{path}: holds no state dict of tensors but {held}; save the state dict alone.")
+    return state
