@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from m4v_dist.batch import ModelInput
-from m4v_dist.blocks import ssm_mixer
+from m4v_dist.blocks import mamba1_mixer, ssm_mixer
 from m4v_dist.config.schema import KernelSettings, ModelSettings, TrainerSettings
 from m4v_dist.model.build import build_model
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
-from tests.model.test_pyramid import TINY, _columns
+from tests.model.test_pyramid import TINY, VARIANTS, _columns
 from tests.trainer.ranks import run_ranks
 
 SCAN_PARAMETERS = ("A_log", "dt_bias", "D", "norm_weight", "conv_weight", "conv_bias")
@@ -39,15 +39,18 @@ def _dtypes_job(zero_stage: int, model: ModelSettings) -> dict[str, list[str]]:
     for module in engine.model.module.modules():
         module.register_forward_pre_hook(note_parameters)
         module.register_forward_hook(note_output)
-    scan = ssm_mixer.ssd_scan
 
-    def noted_scan(*values: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
-        seen["scan A"].add(str(values[2].dtype))
-        y, state = scan(*values, **others)
-        seen["scan state"].add(str(state.dtype))
-        return y, state
+    def noted(scan: Any) -> Any:
+        def noted_scan(*values: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
+            seen["scan A"].add(str(values[2].dtype))
+            y, state = scan(*values, **others)
+            seen["scan state"].add(str(state.dtype))
+            return y, state
 
-    ssm_mixer.ssd_scan = noted_scan
+        return noted_scan
+
+    ssm_mixer.ssd_scan = noted(ssm_mixer.ssd_scan)
+    mamba1_mixer.selective_scan = noted(mamba1_mixer.selective_scan)
     with engine.accumulate():
         outputs = engine.model(ModelInput(_columns()))
         seen["prediction"] = {str(output.dtype) for output in outputs}
@@ -57,13 +60,17 @@ def _dtypes_job(zero_stage: int, model: ModelSettings) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_scan_parameters_and_norms_are_float32_inside_forward_and_matmuls_are_not(zero_stage: int) -> None:
+@pytest.mark.parametrize(("zero_stage", "variant"), [(2, "mamba2"), (3, "mamba2"), (3, "mil"), (3, "mamba1")])
+def test_scan_parameters_and_norms_are_float32_inside_forward_and_matmuls_are_not(
+    zero_stage: int, variant: str
+) -> None:
     # both kinds of mixer in one model
-    model = TINY.model_copy(update={"mixer": "parallel"})
+    model = TINY.model_copy(update={**VARIANTS.get(variant, {}), "mixer": "parallel"})
+    assert model.ssm.variant == variant
     (seen,) = run_ranks(_dtypes_job, 1, zero_stage, model)
     assert seen["stepped"] == ["True"]
-    for name in (*SCAN_PARAMETERS, "scan A", "scan state", "prediction"):
+    no_norm = {"norm_weight"} if variant == "mamba1" else set()
+    for name in (*(set(SCAN_PARAMETERS) - no_norm), "scan A", "scan state", "prediction"):
         assert seen[name] == ["torch.float32"], (name, seen[name])
     norms = {name: found for name, found in seen.items() if "norm" in name.lower()}
     assert len(norms) > 1

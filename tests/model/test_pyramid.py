@@ -224,10 +224,11 @@ def test_every_clip_and_the_text_change_the_prediction(variant: str) -> None:
         assert (after - before).abs().max() > 1e-4, number
 
 
-def test_recompute_gives_the_same_loss_and_gradients() -> None:
+@pytest.mark.parametrize("variant", ["ssm", "mil", "mamba1"])
+def test_recompute_gives_the_same_loss_and_gradients(variant: str) -> None:
     results = []
     for recompute in (False, True):
-        model = _perturbed(TINY.model_copy(update={"recompute": recompute}))
+        model = _perturbed(TINY.model_copy(update={**VARIANTS[variant], "recompute": recompute}))
         loss = sum(out.square().mean() for out in model(ModelInput(_columns())))
         loss.backward()  # type: ignore[union-attr]
         results.append((loss, [parameter.grad for parameter in model.parameters()]))
