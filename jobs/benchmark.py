@@ -2,17 +2,47 @@
 
 flops: FLOPs by part, of a forward, a training row, an optimizer step and a generated clip, the paper's figures beside
 ours, and parameters by part. Pure arithmetic: it runs no model and writes nothing.
+
+ablation: the rows of `benchmark.rows` train one after the other in this process, without Ray, on the cache's data and
+the config's last curriculum stage; tables, curves and every number go to `<run>/benchmark/ablation/`.
 """
 
 import argparse
+import logging
+import os
+import platform
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
 
 from jobs import cli
+from jobs.train import check_data, train_on_rank, with_absolute_paths
+from m4v_dist import storage
+from m4v_dist.bench.ablation import (
+    AblationRun,
+    ablation_folder,
+    ablation_page,
+    ablation_panels,
+    rows_to_train,
+    run_config,
+    run_of_rows,
+)
 from m4v_dist.bench.flops_tables import flops_report
+from m4v_dist.config.load import config_to_json
 from m4v_dist.config.schema import RunConfig
+from m4v_dist.errors import ConfigError
+from m4v_dist.model.build import build_on_meta
+from m4v_dist.report.plots import Curve, Panel, panels_file
+from m4v_dist.trainer.metrics import read_rows
 
-SUBJECTS = ("flops",)
+logger = logging.getLogger(__name__)
+
+SUBJECTS = ("flops", "ablation")
 
 
 def flops(config: RunConfig, dry_run: bool) -> str:
@@ -21,6 +51,93 @@ def flops(config: RunConfig, dry_run: bool) -> str:
         return "would print the FLOPs and parameter tables of this config; writes nothing"
     sys.stdout.write(flops_report(config) + "\n\n")
     return "figures by arithmetic, none measured"
+
+
+def ablation(config: RunConfig, dry_run: bool) -> str:
+    """Train each row with each seed, and write what came out after every run.
+
+    Raises:
+        ConfigError: a remote run folder, no held-out slots, or rows that this config cannot build.
+        DataError: no cache, of another codec, or too small.
+        NonFiniteError: a row diverged; what finished before it stays written.
+    """
+    config = with_absolute_paths(config)
+    if storage.is_remote(config.run.folder):
+        raise ConfigError(f"run.folder={config.run.folder}: an ablation writes to local or mounted folders.")
+    if not config.trainer.held_out_slots:
+        raise ConfigError("trainer.held_out_slots=0, but an ablation compares held-out losses; set it above 0.")
+    rows = rows_to_train(config.benchmark.rows)
+    seeds = range(config.run.seed, config.run.seed + config.benchmark.num_seeds)
+    planned = [(row, run_config(config, row, seed)) for seed in seeds for row in rows]
+    for _, made in planned[: len(rows)]:
+        check_data(made).close()
+    what = f"{len(planned)} runs of {config.benchmark.num_steps} steps: {', '.join(rows)}"
+    if dry_run:
+        return f"dry run: would train {what}, in {ablation_folder(config)}"
+    logger.info("training %s", what)
+    done: list[AblationRun] = []
+    with _process_group_of_one(use_gpu=config.launch.use_gpu):
+        for row, made in planned:
+            done.append(_train_row(made, row))
+            _write(config, done)
+            last = done[-1]
+            logger.info(
+                "%s, seed %d: held-out loss %.4f, %.2f s a step", row, last.seed, last.held_out[-1][1], last.step_s
+            )
+    return f"{what}; {ablation_folder(config)}/ablation.md"
+
+
+def _train_row(config: RunConfig, row: str) -> AblationRun:
+    # From the start, whatever an earlier benchmark left: the trainer would go on from it.
+    shutil.rmtree(config.run.folder, ignore_errors=True)
+    train_on_rank({"config": config_to_json(config)}, lambda: False)
+    # The curves are the product; the weights of a few steps are not.
+    shutil.rmtree(storage.join(config.run.folder, "checkpoints"))
+    metrics, _ = read_rows(config.run.folder)
+    num_parameters = sum(p.numel() for p in build_on_meta(config.model, config.kernels).parameters())
+    return run_of_rows(config, row, num_parameters, metrics)
+
+
+def _write(config: RunConfig, runs: Sequence[AblationRun]) -> None:
+    """The page, the plot and the numbers of all runs that have finished."""
+    folder = ablation_folder(config)
+    where = _where(config)
+    storage.write_json(
+        storage.join(folder, "ablation.json"),
+        {"where": where, "config": config.model_dump(mode="json"), "runs": [asdict(run) for run in runs]},
+    )
+    panels = [
+        Panel(title, tuple(Curve(label, points, role, has_markers=True) for label, role, points in curves))
+        for title, curves in ablation_panels(config, runs)
+    ]
+    storage.write_bytes(storage.join(folder, "ablation.svg"), panels_file(panels, "held-out loss").encode())
+    storage.write_bytes(storage.join(folder, "ablation.md"), ablation_page(config, runs, where).encode())
+
+
+def _where(config: RunConfig) -> str:
+    device = torch.cuda.get_device_name() if config.launch.use_gpu else f"CPU, {config.trainer.num_threads} thread(s)"
+    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}, {config.trainer.precision}"
+
+
+@contextmanager
+def _process_group_of_one(*, use_gpu: bool) -> Iterator[None]:
+    """A process group with this process alone, as trainer and engine need one; no network."""
+    if use_gpu and not torch.cuda.is_available():
+        raise ConfigError("launch.use_gpu=true, but torch sees no CUDA device; set launch.use_gpu=false.")
+    # deepspeed asks for its rank, and picks its device when it is imported: not before here.
+    wanted = {"LOCAL_RANK": "0"} if use_gpu else {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    dist.init_process_group("nccl" if use_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def parse_subject(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -45,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     match subject:
         case "flops":
             return cli.main("benchmark flops", flops, "Print FLOPs and parameters.", rest, writes=False)
+        case "ablation":
+            return cli.main("benchmark ablation", ablation, "Train the rows of the ablations side by side.", rest)
     raise AssertionError(subject)
 
 

@@ -21,6 +21,7 @@ from m4v_dist.model.paper_flops import CONVENTIONS, REPORTED, paper_figures
 from m4v_dist.model.parameters import PARTS as PARAMETER_PARTS
 from m4v_dist.model.parameters import parameters_by_part
 from m4v_dist.objective.history import HistoryPart, history_layout, level_grid
+from m4v_dist.sampling.guidance import unit_guidance
 
 LATENT_STRIDE = 8
 """Pixels of a latent's side, and frames of a latent after the first: of every codec here."""
@@ -147,14 +148,22 @@ def _training_row(
     columns = config_columns(config, bucket.height_px, bucket.width_px)
     stages, latents = config.objective.pyramid_stage_columns, curriculum_stage.num_latents
     last = row_flops(config.model, columns, (latents,) * len(stages), stages).total()
-    media = {source.name: source.media for source in config.sources}
-    total = sum(curriculum_stage.weights.values())
-    share = sum(weight for name, weight in curriculum_stage.weights.items() if media[name] == "image") / total
     mean = mean_row_flops(config.model, columns, latents, stages)
-    mixed = (1 - share) * mean + share * mean_row_flops(config.model, columns, 1, stages)
-    step = mixed * config.trainer.global_batch_slots / len(stages)
+    step = step_flops(config, curriculum_stage, bucket)
     size = f"{bucket.height_px}x{bucket.width_px}"
     return [curriculum_stage.name, size, str(latents), amount(mean), amount(last), amount(step)]
+
+
+def step_flops(config: RunConfig, curriculum_stage: CurriculumStageSettings, bucket: BucketSettings) -> float:
+    """FLOPs of one optimizer step over all ranks, in the mean: images count as clips of one latent, by their weight."""
+    columns = config_columns(config, bucket.height_px, bucket.width_px)
+    stages = config.objective.pyramid_stage_columns
+    media = {source.name: source.media for source in config.sources}
+    weights = curriculum_stage.weights
+    share = sum(weight for name, weight in weights.items() if media[name] == "image") / sum(weights.values())
+    video = mean_row_flops(config.model, columns, curriculum_stage.num_latents, stages)
+    image = mean_row_flops(config.model, columns, 1, stages)
+    return ((1 - share) * video + share * image) * config.trainer.global_batch_slots / len(stages)
 
 
 def clip_table(config: RunConfig) -> str:
@@ -163,6 +172,11 @@ def clip_table(config: RunConfig) -> str:
     models |= {row: with_ablation(config.model, row) for row in ARCHITECTURES}
     sampling = config.sampling
     columns = config_columns(config, sampling.height_px, sampling.width_px)
+
+    def num_columns(unit: int) -> int:
+        first, later = sampling.first_unit_guidance, sampling.later_unit_guidance
+        return 1 if unit_guidance(unit, first, later, is_linear=sampling.has_linear_guidance) == 1 else 2
+
     rows = []
     for name, model in models.items():
         flops = clip_flops(
@@ -171,16 +185,16 @@ def clip_table(config: RunConfig) -> str:
             sampling.num_latents,
             first_unit_steps=sampling.first_unit_steps,
             later_unit_steps=sampling.later_unit_steps,
-            first_unit_columns=1 if sampling.first_unit_guidance == 1 else 2,
-            later_unit_columns=1 if sampling.later_unit_guidance == 1 else 2,
+            num_columns=num_columns,
+            first_unit=1 if sampling.first_frame is None else 2,
         )
         mixers = sum(flops[part] for part in MIXER_PARTS)
         forward = forward_flops(model, columns(sampling.num_latents, config.objective.num_pyramid_stages - 1))
         rows.append([name, amount(forward.total()), amount(mixers), amount(flops.total())])
     heads = ["architecture", "one forward, last unit, finest", "clip: mixers", "clip: all"]
     note = (
-        "Each unit, pyramid stage and step, with the empty prompt beside the prompt where guidance is not 1; without "
-        "the codec. Attention is counted as it runs: no pair behind the temporal mask."
+        "Each sampled unit, pyramid stage and step, with the empty prompt beside the prompt where guidance is not 1; "
+        "without the codec. Attention is counted as it runs: no pair behind the temporal mask."
     )
     return f"{table(heads, rows)}\n\n{note}"
 
@@ -193,6 +207,7 @@ def parameters_table() -> str:
         f"{largest}, attention": {"preset": largest, "ablation": "full_attention"},
         f"{largest}, parallel": {"preset": largest, "ablation": "parallel"},
         f"{largest}, mil": {"preset": largest, "ssm": {"variant": "mil"}},
+        f"{largest}, mamba1": {"preset": largest, "ssm": {"variant": "mamba1"}},
     }
     models = {name: ModelSettings.model_validate(values) for name, values in chosen.items()}
     counts = [parameters_by_part(build_on_meta(model, KernelSettings())) for model in models.values()]

@@ -427,6 +427,21 @@ class SamplingSettings(Settings):
         return self
 
 
+class BenchmarkSettings(Settings):
+    """What `jobs.benchmark ablation` trains side by side, on the config's last curriculum stage."""
+
+    num_steps: PositiveInt = Field(default=60, description="Optimizer steps of each run.")
+    num_seeds: PositiveInt = Field(default=1, description="Runs of each row, with run.seed and the seeds after it.")
+    rows: tuple[Ablation, ...] = Field(
+        default=(
+            "full_attention", "parallel", "full_mamba", "full_mamba_temporal",
+            "no_components", "text", "vision", "text_vision", "text_vision_temporal",
+        ),
+        min_length=1,
+        description="Rows of the ablations; two names of one model train once.",
+    )  # fmt: skip
+
+
 class RunConfig(Settings):
     """One run: everything that every verb needs."""
 
@@ -443,6 +458,7 @@ class RunConfig(Settings):
     launch: LaunchSettings = LaunchSettings()
     logging: LoggingSettings = LoggingSettings()
     sampling: SamplingSettings = SamplingSettings()
+    benchmark: BenchmarkSettings = BenchmarkSettings()
 
     @property
     def total_steps(self) -> int:

@@ -301,8 +301,8 @@ def clip_flops(
     *,
     first_unit_steps: Sequence[int],
     later_unit_steps: Sequence[int],
-    first_unit_columns: int = 2,
-    later_unit_columns: int = 2,
+    num_columns: Callable[[int], int] = lambda unit: 2,
+    first_unit: int = 1,
 ) -> Flops:
     """FLOPs of one generated clip: every unit, every pyramid stage, every step; the codec is left out.
 
@@ -312,14 +312,13 @@ def clip_flops(
         num_units: latents of the clip.
         first_unit_steps: steps of each stage for unit 1.
         later_unit_steps: the same for all later units.
-        first_unit_columns: columns of one evaluation of unit 1: 2 with classifier-free guidance, whose empty prompt is
-            counted with as many tokens as the prompt; 1 without.
-        later_unit_columns: the same for all later units.
+        num_columns: columns of one evaluation of a unit: 2 with classifier-free guidance, whose empty prompt is counted
+            with as many tokens as the prompt; 1 without.
+        first_unit: that is sampled; the latents before it are given.
     """
     total: Flops = Counter()
-    for unit in range(1, num_units + 1):
-        num_columns = first_unit_columns if unit == 1 else later_unit_columns
+    for unit in range(first_unit, num_units + 1):
         for stage, steps in enumerate(first_unit_steps if unit == 1 else later_unit_steps):
             for part, count in forward_flops(settings, column_of(unit, stage)).items():
-                total[part] += count * steps * num_columns
+                total[part] += count * steps * num_columns(unit)
     return total

@@ -21,8 +21,24 @@ ROLES = {
     "fourth": "#080808",
     "fifth": "#090909",
     "sixth": "#0a0a0a",
+    "seventh": "#0b0b0b",
 }
-"""Placeholder colour of each role; the page's style sheet defines `--plot-<role>`."""
+"""Placeholder colour of each role; the page's style sheet defines `--plot-<role>` for all but the seventh."""
+
+ON_WHITE = {
+    "ink": "#1d1c1a",
+    "muted": "#6d6a64",
+    "grid": "#dedad2",
+    "first": "#2a6591",
+    "second": "#b5522b",
+    "third": "#4c7a4f",
+    "fourth": "#7a5a96",
+    "alarm": "#b3261e",
+    "fifth": "#c79a2e",
+    "sixth": "#3a9a97",
+    "seventh": "#8a5a44",
+}
+"""Colour of each role in a plot that is a file of its own."""
 
 SERIES = ("first", "second", "third", "fourth")
 
@@ -83,6 +99,22 @@ def line_panels(panels: Sequence[Panel], y_label: str, *, height_in: float = 3.1
                 axis.set_ylabel(y_label)
         _draw_legend(figure, axes)
         return _to_svg(figure)
+
+
+def panels_file(panels: Sequence[Panel], y_label: str, *, height_in: float = 4.2, width_in: float = 11.0) -> str:
+    """Draw panels side by side as an SVG that stands alone: colours of its own on white, a legend in each panel."""
+    with _style():
+        figure, axes = _subplots(len(panels), width_in, height_in, [1.0] * len(panels))
+        for panel, axis in zip(panels, axes, strict=True):
+            _draw_panel(panel, axis)
+            axis.legend(frameon=False)
+        axes[0].set_ylabel(y_label)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", facecolor="#ffffff", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    for role, placeholder in ROLES.items():
+        svg = svg.replace(placeholder, ON_WHITE[role])
+    return svg
 
 
 def _span(panel: Panel) -> float:

@@ -14,7 +14,9 @@ from m4v_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FREE_SECTIONS = ("launch", "logging", "sampling", "precompute", "kernels", "codec.weights", "text_encoder.weights")
+FREE_SECTIONS = (
+    "launch", "logging", "sampling", "benchmark", "precompute", "kernels", "codec.weights", "text_encoder.weights",
+)  # fmt: skip
 """Of codec and text encoder the paths may move: the cache's fingerprint holds the content."""
 FREE_KEYS = (
     "run.name",

@@ -1,11 +1,17 @@
 """`jobs.benchmark`: the subject comes first, the rest is every verb's command line."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs import benchmark
+from tests.integration.small_run import make_small_cache, small_values, to_toml
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "jobs" / "configs" / "demo.toml")
@@ -49,6 +55,8 @@ def test_an_override_changes_the_figures(capfd: pytest.CaptureFixture[str]) -> N
 
     assert clip() != clip("model.num_single_blocks=4")
     assert clip() != clip("sampling.later_unit_guidance=1.0")
+    assert clip() == clip("sampling.later_unit_guidance=1.0", "sampling.has_linear_guidance=true")
+    assert clip() != clip("sampling.first_frame='fox.png'")
 
 
 @pytest.mark.parametrize("argv", [["flop", "--config", DEMO], ["--config", DEMO], [], ["--config", DEMO, "flops"]])
@@ -65,3 +73,121 @@ def test_an_unknown_or_missing_subject_is_exit_2_and_names_the_known(
 def test_a_wrong_key_is_exit_2(capfd: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["flops", "--config", DEMO, "model.mixr=ssm"]) == 2
     assert "model.mixer" in capfd.readouterr().err
+
+
+# ---- ablation
+
+ROWS = ["full_attention", "full_mamba_temporal", "text_vision_temporal"]
+"""Two models under three names, in both of the paper's tables."""
+MODELS = ROWS[:2]
+
+
+def _toml(tmp_path: Path, **benchmark_values: Any) -> str:
+    values = small_values(str(tmp_path / "run"), str(tmp_path / "cache"))
+    values["benchmark"] = {"num_steps": 3, "rows": ROWS, **benchmark_values}
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(values))
+    return str(path)
+
+
+def _ablation(*argv: str) -> None:
+    """As a user gives it: a process of its own, since a process has one process group."""
+    command = [sys.executable, "-m", "jobs.benchmark", "ablation", *argv]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of the rows above, once for all tests that look at the outcome."""
+    folder = tmp_path_factory.mktemp("ablation")
+    make_small_cache(str(folder / "cache"))
+    _ablation("--config", _toml(folder, num_seeds=2))
+    return folder / "run" / "benchmark" / "ablation"
+
+
+def _runs(folder: Path) -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = json.loads((folder / "ablation.json").read_text())["runs"]
+    return runs
+
+
+@pytest.mark.slow
+def test_each_distinct_model_trains_once_a_seed(trained: Path) -> None:
+    assert [(run["row"], run["seed"]) for run in _runs(trained)] == [(row, seed) for seed in (7, 8) for row in MODELS]
+    for run in _runs(trained):
+        assert [step for step, _ in run["train"]] == [0, 1, 2]
+        assert [step for step, _ in run["held_out"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_rows_of_a_seed_begin_at_one_loss_on_the_same_slots_and_then_part(trained: Path) -> None:
+    """All predict zero at the start, so a difference there would be one of data or noise."""
+    for seed in (7, 8):
+        mine = [run for run in _runs(trained) if run["seed"] == seed]
+        assert len({run["held_out"][0][1] for run in mine}) == len({run["train"][0][1] for run in mine}) == 1
+        assert len({run["held_out"][-1][1] for run in mine}) == len(mine)
+    first = {run["seed"]: run["train"][0][1] for run in _runs(trained)}
+    assert first[7] != first[8]
+
+
+@pytest.mark.slow
+def test_the_page_has_both_tables_and_ranks_only_what_does_not_overlap(trained: Path) -> None:
+    page = (trained / "ablation.md").read_text()
+    assert "## Architectures" in page and "## Components" in page and "## Hybrids" not in page
+    assert "text_vision_temporal (= full_mamba_temporal)" in page
+    assert "seeds 7, 8" in page and "do not overlap" in page and "One seed" not in page
+    assert "no claim of speed" in page
+    for run in _runs(trained):
+        assert f"{run['num_parameters']:,}" in page
+
+
+@pytest.mark.slow
+def test_the_plot_stands_alone_and_the_weights_are_not_kept(trained: Path) -> None:
+    plot = (trained / "ablation.svg").read_text()
+    assert "var(--" not in plot and "#2a6591" in plot
+    assert all(f">{row}<" in plot for row in ROWS)
+    assert not list(trained.rglob("*.safetensors")) and not list(trained.rglob("COMMITTED"))
+    assert len(list(trained.glob("*/metrics.jsonl"))) == 4
+
+
+@pytest.mark.slow
+def test_a_second_benchmark_begins_again_and_repeats_bit_for_bit(trained: Path) -> None:
+    kept = ("row", "seed", "held_out", "train")
+    before = {key: _runs(trained)[1][key] for key in kept}
+    toml = str(trained.parents[2] / "run.toml")
+    _ablation("--config", toml, "benchmark.num_seeds=1", f"benchmark.rows=['{MODELS[1]}']")
+    assert [{key: run[key] for key in kept} for run in _runs(trained)] == [before]
+    assert "One seed" in (trained / "ablation.md").read_text()
+
+
+def test_a_dry_run_of_the_ablation_names_the_runs_and_writes_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_small_cache(str(tmp_path / "cache"))
+    assert benchmark.main(["ablation", "--config", _toml(tmp_path), "--dry-run"]) == 0
+    assert "would train 2 runs of 3 steps: full_attention, full_mamba_temporal" in capfd.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_cache_is_exit_3_and_names_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["ablation", "--config", _toml(tmp_path)]) == 3
+    assert str(tmp_path / "cache") in capfd.readouterr().err
+    assert not (tmp_path / "run" / "benchmark").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("benchmark.rows=['full_mambo']", "full_mamba"),
+        ("benchmark.rows=[]", "benchmark.rows"),
+        ("benchmark.num_steps=0", "benchmark.num_steps"),
+        ("trainer.held_out_slots=0", "trainer.held_out_slots=0"),
+        ("run.folder='s3://bucket/run'", "local or mounted"),
+        ("model.num_single_blocks=1", "at least 2"),
+    ],
+)
+def test_what_cannot_be_benchmarked_is_exit_2(
+    tmp_path: Path, override: str, named: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["ablation", "--config", _toml(tmp_path, rows=[*ROWS, "interleaved"]), "--dry-run", override]
+    assert benchmark.main(argv) == 2
+    assert named in capfd.readouterr().err
