@@ -138,6 +138,16 @@ class LatentLoader:
             )
 
     @property
+    def samples_seen(self) -> Mapping[str, int]:
+        """Slots handed out per source since the start of the run, on all ranks; absent before the first."""
+        return self._state.samples_seen
+
+    @property
+    def tokens_seen(self) -> Mapping[str, int]:
+        """Tokens of `samples_seen`, as the records would have without a pyramid."""
+        return self._state.tokens_seen
+
+    @property
     def num_bad_records(self) -> int:
         """Damaged records that this rank met so far, each once, those read ahead too; other ranks meet others."""
         return len(self._bad)

@@ -41,8 +41,8 @@ class ShardActor:
 
         torch.set_num_threads(max(1, int(plan.precompute.cpus_per_actor)))
         self._plan = plan
-        self._text_encoder = build_text_encoder(plan.text_encoder)
         device = "cuda" if plan.precompute.gpus_per_actor else "cpu"
+        self._text_encoder = build_text_encoder(plan.text_encoder, device)
         self._encoder = ClipEncoder(build_codec(plan.codec), self._text_encoder, device)
         settings = plan.precompute
         self._pool = DecoderPool(settings.decode_processes, settings.timeout_s, plan.decode_rule)

@@ -63,6 +63,16 @@ class Loader(Protocol):
         ...
 
     @property
+    def samples_seen(self) -> Mapping[str, int]:
+        """Slots handed out per source since the start of the run, on all ranks; part of the state."""
+        ...
+
+    @property
+    def tokens_seen(self) -> Mapping[str, int]:
+        """Their tokens, counted without a pyramid."""
+        ...
+
+    @property
     def num_bad_records(self) -> int:
         """Damaged records that this rank has met and replaced since it began."""
         ...

@@ -1,10 +1,10 @@
-"""The numbers of one step over all its slots: loss, the objective's metrics, tokens and samples per source.
+"""The numbers of one step over all its slots: loss, the objective's metrics, tokens.
 
 Collected per rank as one float64 vector and summed over ranks once, so that a step costs one small reduction.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,6 @@ class Sums:
         loss: sum over slots of weight * loss / S.
         means: the objective's metrics, sum / count; those without a count are absent.
         tokens: of all packed segments.
-        samples: slots per source, fillers left out.
-        full_tokens: tokens per source, counted without a pyramid.
         bad_records: damaged records that the ranks met, summed.
         wants_stop: whether any rank (rank 0 is the one that asks) was told to stop.
     """
@@ -31,49 +29,34 @@ class Sums:
     loss: float
     means: dict[str, float]
     tokens: int
-    samples: dict[str, int]
-    full_tokens: dict[str, int]
     bad_records: int
     wants_stop: bool
 
 
-def train_row(
-    sums: Sums, seen: Mapping[str, int], *, norm: float | None, step_s: float, data_s: float, world_size: int
-) -> dict[str, float]:
+def train_row(sums: Sums, *, norm: float | None, step_s: float, data_s: float, world_size: int) -> dict[str, float]:
     """One training step as metrics.
 
     Args:
         sums: of the step.
-        seen: "samples/<source>" and "tokens/<source>" since the start of the run.
         norm: of the gradient; None if the step was skipped, which is shown as NaN.
         step_s, data_s: seconds in the step, and waiting for its data.
         world_size: ranks.
     """
-    row = {
+    return {
         "train/loss": sums.loss,
         "train/grad_norm": math.nan if norm is None else norm,
         "data/bad_records": sums.bad_records,
         "timing/step_s": step_s,
         "timing/data_s": data_s,
         "perf/tokens_per_sec_per_gpu": sums.tokens / (step_s + data_s) / world_size,
+        **{f"train/{name}": value for name, value in sums.means.items()},
     }
-    row |= {f"train/{name}": value for name, value in sums.means.items()}
-    for name, count in seen.items():
-        kind, source = name.split("/", 1)
-        row[f"data/{source}/{kind}_seen"] = count
-    return row
 
 
 class Tally:
-    """This rank's part of the sums.
+    """This rank's part of the sums."""
 
-    Args:
-        sources: names that samples are counted for; others are not counted.
-    """
-
-    def __init__(self, sources: Sequence[str]) -> None:
-        self._samples = dict.fromkeys(sources, 0)
-        self._full_tokens = dict.fromkeys(sources, 0)
+    def __init__(self) -> None:
         self._tokens = 0
         # Numbers stay on their device until the sum: no device sync in a micro-batch.
         self._losses: list[Tensor] = []
@@ -90,11 +73,7 @@ class Tally:
         self._losses.append(loss.detach())
         for name, value in metrics.items():
             self._metrics.setdefault(name, []).append(value.detach())
-        for slot, weight in zip(batch.slots, batch.weights, strict=True):
-            self._tokens += slot.num_tokens
-            if weight > 0 and slot.source in self._samples:
-                self._samples[slot.source] += 1
-                self._full_tokens[slot.source] += slot.num_full_tokens
+        self._tokens += sum(slot.num_tokens for slot in batch.slots)
 
     def summed(self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False) -> Sums:
         """Sum over ranks (collective).
@@ -106,20 +85,16 @@ class Tally:
         """
         losses = torch.stack([value.double() for value in self._losses]).sum().reshape(1).cpu()
         metrics = [torch.stack(values).double().sum(0).cpu() for values in self._metrics.values()]
-        counts = torch.tensor(
-            [bad_records, wants_stop, self._tokens, *self._samples.values(), *self._full_tokens.values()]
-        ).double()
+        counts = torch.tensor([bad_records, wants_stop, self._tokens]).double()
         total = mesh.sum_over_ranks(torch.cat([losses, *metrics, counts])).tolist()
         pairs = total[1 : 1 + 2 * len(metrics)]
-        bad, stop, tokens, *others = (int(value) for value in total[1 + 2 * len(metrics) :])
+        bad, stop, tokens = (int(value) for value in total[1 + 2 * len(metrics) :])
         return Sums(
             loss=total[0],
             means={
                 name: pairs[2 * at] / pairs[2 * at + 1] for at, name in enumerate(self._metrics) if pairs[2 * at + 1]
             },
             tokens=tokens,
-            samples=dict(zip(self._samples, others, strict=False)),
-            full_tokens=dict(zip(self._full_tokens, others[len(self._samples) :], strict=True)),
             bad_records=bad,
             wants_stop=stop > 0,
         )

@@ -1,9 +1,9 @@
 """The loop: next batch, objective, backward, guard, step, EMA, log, save.
 
 It is given model, objective and loader, and imports none of them. One step is: this rank's micro-batches through the
-objective, one reduction of gradients, one sum over ranks of all numbers (loss, loss per pyramid stage, tokens,
-samples, and whether rank 0 was asked to stop), then, only if that loss is finite, the optimizer. So every rank decides
-the same from the same bits.
+objective, one reduction of gradients, one sum over ranks of all numbers (loss, loss per pyramid stage, tokens, and
+whether rank 0 was asked to stop), then, only if that loss is finite, the optimizer. So every rank decides the same from
+the same bits. What was seen of the data is the loader's to count, and part of its state.
 
 A resume, a restart after a lost worker and the boundary of a curriculum stage are one path: build model and engine,
 load the newest committed checkpoint, go on at its step.
@@ -81,7 +81,6 @@ class Trainer:
         self.checkpoints = storage.join(self.folder, "checkpoints")
         self.sources = tuple(source.name for source in config.train_sources)
         self.step = 0
-        self.seen = {f"{kind}/{name}": 0 for kind in ("samples", "tokens") for name in self.sources}
         self.skipped = SkippedSteps(config.trainer.max_skipped_steps)
         self.ledger = Ledger()
         self.clock = Clock()
@@ -193,7 +192,7 @@ class Trainer:
         assert batch.step == self.step, f"the loader yields step {batch.step}, the trainer is at {self.step}"
         data_s = self.clock.lap()
         rate = learning_rate(curriculum_stage.settings, self.step - curriculum_stage.start)
-        tally = Tally(self.sources)
+        tally = Tally()
         with self.engine.accumulate():
             for micro_batch in batch.micro_batches:
                 output = self.objective(self.engine.model, micro_batch)
@@ -209,9 +208,6 @@ class Trainer:
         if norm is not None:
             self.ema.update(self.engine.slices())
         step_s = self.clock.lap()
-        for name in self.sources:
-            self.seen[f"samples/{name}"] += sums.samples[name]
-            self.seen[f"tokens/{name}"] += sums.full_tokens[name]
         self.ledger.data_s += data_s
         if norm is not None:
             self.ledger.step_s += step_s
@@ -219,7 +215,9 @@ class Trainer:
             self.ledger.lost_s += step_s
         self.skipped.record(step=self.step, is_applied=norm is not None, loss=sums.loss)
         if self.step % self.config.logging.every_steps == 0:
-            row = train_row(sums, self.seen, norm=norm, step_s=step_s, data_s=data_s, world_size=self.mesh.world_size)
+            row = train_row(sums, norm=norm, step_s=step_s, data_s=data_s, world_size=self.mesh.world_size)
+            row |= {f"data/{name}/samples_seen": self.loader.samples_seen.get(name, 0) for name in self.sources}
+            row |= {f"data/{name}/tokens_seen": self.loader.tokens_seen.get(name, 0) for name in self.sources}
             row |= {"train/lr": rate, "train/skipped_steps": self.skipped.total}
             self._write("train", self.step, {"curriculum_stage": curriculum_stage.settings.name, **row})
         # After the row, which says what was not finite.
@@ -233,7 +231,7 @@ class Trainer:
             return None
         self._lap_other()
         self.engine.train(False)
-        tally = Tally(())
+        tally = Tally()
         for micro_batch in self.loader.held_out():
             output = self.objective(self.engine.model, micro_batch)
             tally.add(output.loss, output.metrics, micro_batch)
@@ -260,7 +258,6 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "optimizer_steps": self.engine.optimizer_steps(),
             "ema_updates": self.ema.num_updates,
-            "seen": self.seen,
             "skipped_steps": self.skipped.total,
             "shapes": self.engine.shapes,
         }
@@ -287,7 +284,6 @@ class Trainer:
         self.engine.set_optimizer_steps(state["optimizer_steps"])
         self.ema.num_updates = state["ema_updates"]
         self.loader.load_state_dict(state["loader"])
-        self.seen = {**self.seen, **state["seen"]}
         self.skipped.total = state["skipped_steps"]
         # Last, after all that could have drawn from it.
         checkpoint.restore_random_state(path, self.mesh)

@@ -184,6 +184,11 @@ def test_state_counts_samples_and_tokens_of_what_was_handed_out(cache_folder: st
     state = loader.state_dict()
     assert state["samples_seen"] == {"img": 24} and state["next_step"] == 3
     assert state["tokens_seen"] == {"img": sum(slot.num_full_tokens for slot in slots)} == {"img": 24 * 16}
+    resumed = make_loader(cache_folder)
+    assert resumed.samples_seen == resumed.tokens_seen == {}
+    resumed.load_state_dict(state)
+    for each in (loader, resumed):
+        assert each.samples_seen == {"img": 24} and each.tokens_seen == {"img": 24 * 16}
 
 
 def test_micro_batches_of_a_step_have_about_equal_tokens(cache_folder: str) -> None:
@@ -266,6 +271,22 @@ def test_fewer_records_than_a_step_needs_is_refused_before_a_read(cache_folder: 
         loader.enter(0, 0)
     with pytest.raises(DataError, match="'vid' has 7 records .* may take 8"):
         enter_video_stage(make_loader(cache_folder, group_size=1))
+
+
+def test_a_step_needs_one_video_per_sync_group_and_no_more(cache_folder: str) -> None:
+    only_videos = CURRICULUM[1].model_copy(update={"weights": {"vid": 1.0}})
+
+    def enter(num_slots: int, **changes: Any) -> LatentLoader:
+        curriculum = (CURRICULUM[0], only_videos.model_copy(update=changes))
+        return enter_video_stage(make_loader(cache_folder, num_slots=num_slots, curriculum=curriculum))
+
+    groups = slots_of(take(enter(28), 1))
+    assert len({slot.record for slot in groups}) == 7 and len(groups) == 28
+    with pytest.raises(DataError, match=r"'vid' has 7 records .*global_batch_slots=32 may take 8 \(one per sync group"):
+        enter(32)
+    # a group that trains one unit shares no video
+    with pytest.raises(DataError, match=r"'vid' has 7 records .*global_batch_slots=8 may take 8; add clips"):
+        enter(8, num_latents=1)
 
 
 def test_a_bucket_that_the_cache_does_not_hold_is_named_with_those_that_it_holds(tmp_path: Path) -> None:

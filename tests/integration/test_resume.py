@@ -98,6 +98,10 @@ def assert_same_end(straight: str, killed: str) -> None:
     states = [checkpoint.read_state(path) for path in paths]
     assert states[0] == states[1]
     assert states[0]["loader"]["next_step"] == TOTAL_STEPS
+    for name in ("samples_seen", "tokens_seen"):
+        counts = states[0]["loader"][name]
+        assert counts == {source: found[-1][f"data/{source}/{name}"] for source in ("clips", "stills")}
+        assert name != "samples_seen" or sum(counts.values()) == 12 * TOTAL_STEPS
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

@@ -173,7 +173,7 @@ def _nothing(cache: Path) -> None:
     ("harm", "overrides", "exit_code", "last_line"),
     [
         (_no_cache, [], 3, "DataError: .*run jobs.precompute_latents"),
-        (_empty_cache, [], 3, "DataError: .*"),
+        (_empty_cache, [], 3, "DataError: .*holds no record"),
         (_other_codec, [], 3, "DataError: .*codec_weights_sha256.*'another'"),
         (_nothing, ["trainer.global_batch_slots=24"], 3, "DataError: .*14 records.*global_batch_slots=24"),
         (_nothing, ["trainer.global_batch_slots=13"], 2, "ConfigError: .*global_batch_slots=13 is no multiple"),

@@ -52,10 +52,12 @@ def test_curriculum_stages_change_freeze_set_rate_and_data_counts_at_their_bound
     assert rates == [0.05] * 4 + [0.01] + [0.02] * 5
     last = rows(folder, "train")[-1]
     assert last["data/clips/samples_seen"] == last["data/images/samples_seen"] == 6 * TOTAL
-    assert last["data/clips/tokens_seen"] == 40 * 6 * TOTAL
+    assert last["data/clips/tokens_seen"] == 50 * 6 * TOTAL, "the loader counts, and nobody beside it"
     assert last["data/bad_records"] == 1 + 2, "rank 0 met one and rank 1 two"
     # double blocks were frozen for 4 steps and begin their own AdamW after it
-    steps = checkpoint.read_state(str(checkpoint.newest_committed(f"{folder}/checkpoints")))["optimizer_steps"]
+    state = checkpoint.read_state(str(checkpoint.newest_committed(f"{folder}/checkpoints")))
+    assert state["loader"] == {"cursor": 12 * TOTAL} and "seen" not in state
+    steps = state["optimizer_steps"]
     assert steps == {"double_blocks/decay": 6, "double_blocks/no_decay": 6, "rest/decay": 10, "rest/no_decay": 10}
     losses = [row["validation/held_out_loss"] for row in rows(folder, "held_out")]
     assert [row["step"] for row in rows(folder, "held_out")] == [0, TOTAL]

@@ -112,6 +112,15 @@ class ToyLoader:
         pass
 
     @property
+    def samples_seen(self) -> dict[str, int]:
+        return {name: self.cursor // 2 for name in ("clips", "images") if self.cursor}
+
+    @property
+    def tokens_seen(self) -> dict[str, int]:
+        """Other than the slots say, so that it shows whose counts are logged."""
+        return {name: 50 * count for name, count in self.samples_seen.items()}
+
+    @property
     def num_bad_records(self) -> int:
         """As if each rank had met one more than its rank."""
         return 1 + self.rank
