@@ -107,7 +107,7 @@ def panels_file(panels: Sequence[Panel], y_label: str, *, height_in: float = 4.2
         figure, axes = _subplots(len(panels), width_in, height_in, [1.0] * len(panels))
         for panel, axis in zip(panels, axes, strict=True):
             _draw_panel(panel, axis)
-            axis.legend(frameon=False)
+            axis.legend(facecolor="#ffffff", edgecolor="none", framealpha=0.9)
         axes[0].set_ylabel(y_label)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", facecolor="#ffffff", metadata={"Date": None, "Creator": None})
