@@ -62,7 +62,7 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     # As in training: on a busy machine more threads than free cores wait for one another.
     torch.set_num_threads(config.trainer.num_threads)
     model = _load_model(config, path).to(device)
-    *texts, null_text = build_text_encoder(config.text_encoder).encode([*prompts, ""])
+    *texts, null_text = build_text_encoder(config.text_encoder, str(device)).encode([*prompts, ""])
     first_latents = None if first_frame is None else codec.normalization.normalize(codec.encode(first_frame))
     folder = storage.join(config.run.folder, "samples")
     _remove_earlier(folder)

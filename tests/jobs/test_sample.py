@@ -273,7 +273,7 @@ def test_a_checkpoint_s_config_that_is_no_json_is_exit_3(run: str, capfd: pytest
 def test_the_text_encoder_is_built_once_for_all_prompts(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[object] = []
     monkeypatch.setattr(
-        jobs.sample, "build_text_encoder", lambda settings: built.append(settings) or build_text_encoder(settings)
+        jobs.sample, "build_text_encoder", lambda *given: built.append(given) or build_text_encoder(*given)
     )
     sample(_config(run), False)
     assert len(built) == 1
