@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from m4v_dist import storage
 from m4v_dist.config.load import load_config
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import ConfigError, JobError
+from m4v_dist.errors import ConfigError, DataError, JobError
 
 Verb = Callable[[RunConfig, bool], str]
 """A verb takes the run's config and whether this is a dry run, and returns one line that says what was done."""
@@ -137,6 +137,19 @@ def check_kept(config: RunConfig, working_folder: str) -> None:
                 f"{setting}={path} is relative, and a submitted job stands in a copy of the code that Ray removes when "
                 f"it ends ({working_folder}); give an absolute path that every node sees, by {setting}=/..."
             )
+
+
+def require_run_folder(config: RunConfig) -> None:
+    """Refuse to look into a run folder that is not there, before `result.json` makes one; a verb's `preflight`.
+
+    Raises:
+        DataError: there is nothing at `run.folder`.
+    """
+    folder = config.run.folder
+    if not storage.list_folder(folder):
+        raise DataError(
+            f"run.folder={folder}: no such run (nothing is there); name a run's folder, or train one first."
+        )
 
 
 def check_writable(folder: str, setting: str = "run.folder") -> None:

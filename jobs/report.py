@@ -29,4 +29,8 @@ def report(config: RunConfig, dry_run: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main("report", report, "Show a run folder as one self-contained HTML page."))
+    sys.exit(
+        cli.main(
+            "report", report, "Show a run folder as one self-contained HTML page.", preflight=cli.require_run_folder
+        )
+    )

@@ -116,7 +116,9 @@ def _remove_earlier(folder: str) -> None:
     """Remove the videos of an earlier call, which would be taken for this one's; other files stay."""
     listed = storage.join(folder, "samples.json")
     if storage.exists(listed):
-        for entry in storage.read_json(listed):
+        entries = storage.read_json(listed)
+        logger.info("removing the %d videos of an earlier call from %s", len(entries), folder)
+        for entry in entries:
             storage.remove(storage.join(folder, entry["file"]))
         storage.remove(listed)
 
@@ -129,7 +131,9 @@ def choose_checkpoint(config: RunConfig) -> str:
     """
     folder = storage.join(config.run.folder, "checkpoints")
     if config.sampling.checkpoint is not None:
-        path = storage.join(folder, config.sampling.checkpoint)
+        named = config.sampling.checkpoint
+        # A name in this run's folder, or a path of any run's.
+        path = named.rstrip("/") if "/" in named else storage.join(folder, named)
         checkpoint.require_committed(path)
         return path
     newest = checkpoint.newest_committed(folder)
@@ -247,4 +251,11 @@ def _sample_prompt(
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main("sample", sample, "Sample videos from a committed checkpoint's averaged weights."))
+    sys.exit(
+        cli.main(
+            "sample",
+            sample,
+            "Sample videos from a committed checkpoint's averaged weights.",
+            preflight=cli.require_run_folder,
+        )
+    )

@@ -61,6 +61,8 @@ def train(config: RunConfig, dry_run: bool) -> str:
     if dry_run:
         check_resources(config.launch)
         logger.info("plan\n%s", plan_table(config, loader, step))
+        if step == config.total_steps:
+            return f"dry run: nothing is left to do; {config.run.folder} is trained to its last step {step}"
         return "dry run: the plan above can be done; nothing was written"
     loader.close()
     if step == config.total_steps:

@@ -430,7 +430,9 @@ class SamplingSettings(Settings):
         default=None,
         description="Picture that every video goes on from (image to video), scaled and cropped; local or s3://.",
     )
-    checkpoint: str | None = Field(default=None, description="Checkpoint folder name; None takes the newest committed.")
+    checkpoint: str | None = Field(
+        default=None, description="Name in the run's checkpoints, or a path; None takes the newest committed."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the sampler's noise.")
 
     @model_validator(mode="after")

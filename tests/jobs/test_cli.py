@@ -167,3 +167,16 @@ def test_an_object_store_without_credentials_is_exit_2(
 ) -> None:
     assert cli.main("verb", _done, "x", ["--config", _config(tmp_path, "s3://bucket/run")]) == 2
     assert "s3://bucket/run cannot be written" in (shown := capfd.readouterr().err) and "credentials" in shown
+
+
+def test_a_folder_that_no_run_has_made_is_exit_3_and_stays_unmade(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tmp_path, str(tmp_path / "mistyped"))
+    assert cli.main("report", _done, "x", ["--config", config], preflight=cli.require_run_folder) == 3
+    assert "no such run" in capfd.readouterr().err and not (tmp_path / "mistyped").exists()
+
+
+def test_a_folder_as_config_is_exit_2(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main("verb", _done, "x", ["--config", str(tmp_path)]) == 2
+    assert "Is a directory" in capfd.readouterr().err

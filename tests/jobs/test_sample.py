@@ -312,3 +312,10 @@ def test_videos_of_an_earlier_call_go_and_other_files_stay(run: str) -> None:
     Path(run, "samples", "mine.txt").write_text("kept")
     sample(_config(run, prompts=["a plane"]), False)
     assert sorted(storage.list_folder(f"{run}/samples")) == ["00.mp4", "mine.txt", "samples.json"]
+
+
+def test_a_checkpoint_may_be_named_by_its_path(run: str) -> None:
+    path = f"{run}/checkpoints/step_00000005"
+    assert choose_checkpoint(_config(run, checkpoint=f"{path}/")) == path
+    with pytest.raises(DataError, match=r"/elsewhere/step_00000005: no such checkpoint"):
+        choose_checkpoint(_config(run, checkpoint="/elsewhere/step_00000005"))
