@@ -137,7 +137,8 @@ def training_table(config: RunConfig) -> str:
     note = (
         f"Forward, backward (twice a forward){recompute}. A row has a column of each pyramid stage in {list(stages)}; "
         "its mean is over all units of a video. A step has "
-        f"{config.trainer.global_batch_slots} columns, those of images with one latent, mixed by the stage's weights."
+        f"{config.trainer.global_batch_slots} columns, those of images with one latent, mixed by the stage's weights. "
+        f"Each text counts at its longest, {config.text_encoder.max_tokens} tokens, here and below."
     )
     return f"{table(heads, rows)}\n\n{note}"
 
