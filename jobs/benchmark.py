@@ -3,6 +3,9 @@
 flops: FLOPs by part, of a forward, a training row, an optimizer step and a generated clip, the paper's figures beside
 ours, and parameters by part. Pure arithmetic: it runs no model and writes nothing.
 
+attention: joint attention timed on the columns of the config's last curriculum stage, beside its slow twins; on a GPU
+with `launch.use_gpu=true`. Writes nothing.
+
 ablation: the rows of `benchmark.rows` train one after the other in this process, without Ray, on the cache's data and
 the config's last curriculum stage; tables, curves and every number go to `<run>/benchmark/ablation/`.
 """
@@ -32,6 +35,7 @@ from m4v_dist.bench.ablation import (
     run_config,
     run_of_rows,
 )
+from m4v_dist.bench.attention_times import attention_report, cases, describe
 from m4v_dist.bench.flops_tables import flops_report
 from m4v_dist.config.load import config_to_json
 from m4v_dist.config.schema import RunConfig
@@ -42,7 +46,7 @@ from m4v_dist.trainer.metrics import read_rows
 
 logger = logging.getLogger(__name__)
 
-SUBJECTS = ("flops", "ablation")
+SUBJECTS = ("flops", "attention", "ablation")
 
 
 def flops(config: RunConfig, dry_run: bool) -> str:
@@ -51,6 +55,21 @@ def flops(config: RunConfig, dry_run: bool) -> str:
         return "would print the FLOPs and parameter tables of this config; writes nothing"
     sys.stdout.write(flops_report(config) + "\n\n")
     return "figures by arithmetic, none measured"
+
+
+def attention(config: RunConfig, dry_run: bool) -> str:
+    """Time joint attention and print the table.
+
+    Raises:
+        ConfigError: a GPU is asked for and not there.
+    """
+    device = _device(use_gpu=config.launch.use_gpu)
+    if dry_run:
+        names = ", ".join(case.name for case in cases(config))
+        return f"would time joint attention on {describe(device)}: {names}; writes nothing"
+    torch.set_num_threads(config.trainer.num_threads)
+    sys.stdout.write(attention_report(config, device) + "\n\n")
+    return f"measured on {describe(device)}"
 
 
 def ablation(config: RunConfig, dry_run: bool) -> str:
@@ -119,11 +138,16 @@ def _where(config: RunConfig) -> str:
     return f"{device}, torch {torch.__version__}, Python {platform.python_version()}, {config.trainer.precision}"
 
 
+def _device(*, use_gpu: bool) -> torch.device:
+    if use_gpu and not torch.cuda.is_available():
+        raise ConfigError("launch.use_gpu=true, but torch sees no CUDA device; set launch.use_gpu=false.")
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
 @contextmanager
 def _process_group_of_one(*, use_gpu: bool) -> Iterator[None]:
     """A process group with this process alone, as trainer and engine need one; no network."""
-    if use_gpu and not torch.cuda.is_available():
-        raise ConfigError("launch.use_gpu=true, but torch sees no CUDA device; set launch.use_gpu=false.")
+    _device(use_gpu=use_gpu)
     # deepspeed asks for its rank, and picks its device when it is imported: not before here.
     wanted = {"LOCAL_RANK": "0"} if use_gpu else {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     before = {name: os.environ.get(name) for name in wanted}
@@ -162,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     match subject:
         case "flops":
             return cli.main("benchmark flops", flops, "Print FLOPs and parameters.", rest, writes=False)
+        case "attention":
+            return cli.main("benchmark attention", attention, "Time joint attention.", rest, writes=False)
         case "ablation":
             return cli.main("benchmark ablation", ablation, "Train the rows of the ablations side by side.", rest)
     raise AssertionError(subject)

@@ -190,3 +190,19 @@ def test_what_cannot_be_benchmarked_is_exit_2(
     argv = ["ablation", "--config", _toml(tmp_path, rows=[*ROWS, "interleaved"]), "--dry-run", override]
     assert benchmark.main(argv) == 2
     assert named in capfd.readouterr().err
+
+
+def test_attention_is_timed_beside_its_twins_and_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["attention", "--config", DEMO, "run.folder=/proc/none"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert "median of 7 calls" in lines[0] and "float32" in lines[0]
+    assert "row at unit" in lines[-4] and lines[-4].count(" / ") == 3
+    assert lines[-1].startswith("benchmark attention: measured on CPU")
+
+
+def test_attention_on_a_gpu_that_is_not_there_is_exit_2(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert benchmark.main(["attention", "--config", DEMO, "launch.use_gpu=true", "--dry-run"]) == 2
+    assert "sees no CUDA device" in capfd.readouterr().err
