@@ -127,12 +127,17 @@ def check_kept(config: RunConfig, working_folder: str) -> None:
         working_folder: where this process stands.
 
     Raises:
-        ConfigError: in a submitted job, run folder or cache is a relative path.
+        ConfigError: in a submitted job, run folder, cache or start weights are a relative path.
     """
     if _JOB_WORKING_DIR not in working_folder + "/":
         return
-    for setting, path in (("run.folder", config.run.folder), ("precompute.cache", config.precompute.cache)):
-        if not storage.is_remote(path) and not os.path.isabs(path):
+    paths = {
+        "run.folder": config.run.folder,
+        "precompute.cache": config.precompute.cache,
+        "warm_start.weights": config.warm_start.weights,
+    }
+    for setting, path in paths.items():
+        if path is not None and not storage.is_remote(path) and not os.path.isabs(path):
             raise ConfigError(
                 f"{setting}={path} is relative, and a submitted job stands in a copy of the code that Ray removes when "
                 f"it ends ({working_folder}); give an absolute path that every node sees, by {setting}=/..."

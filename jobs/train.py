@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
 
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.loader import LatentLoader
@@ -28,6 +29,7 @@ from m4v_dist.launch.progress import TrainingProgress
 from m4v_dist.launch.ray_session import check_resources, ray_session
 from m4v_dist.launch.ray_workers import run_workers
 from m4v_dist.model.build import build_model, build_on_meta
+from m4v_dist.model.start_weights import check_start_weights
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from m4v_dist.objective.history import choose_unit, num_segment_tokens
 from m4v_dist.parallel.mesh import Mesh
@@ -37,6 +39,7 @@ from m4v_dist.trainer.deepspeed_engine import model_state_bytes
 from m4v_dist.trainer.optimizer import is_frozen
 from m4v_dist.trainer.resume import require_same_run
 from m4v_dist.trainer.trainer import Trainer
+from m4v_dist.weights_file import fill_weights
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,8 @@ def train(config: RunConfig, dry_run: bool) -> str:
 
     Raises:
         ConfigError: the run folder cannot be used, or belongs to a run with other settings.
-        DataError: the cache is missing, of another codec, or too small for a stage; or a checkpoint is damaged.
+        DataError: the cache is missing, of another codec, or too small for a stage; or a checkpoint or the start
+            weights are damaged.
         RetriesExhaustedError: workers failed too often.
         OutOfMemoryJobError: a worker ran out of memory.
         NonFiniteError: training diverged.
@@ -57,6 +61,8 @@ def train(config: RunConfig, dry_run: bool) -> str:
     """
     config = with_absolute_paths(config)
     step = check_run_folder(config)
+    if step == 0 and config.start_weights is not None:
+        check_start_weights(config, build_on_meta(config.model, config.kernels))
     loader = check_data(config)
     if dry_run:
         check_resources(config.launch)
@@ -90,10 +96,17 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
     mesh = Mesh.of_process_group(use_gpu=config.launch.use_gpu)
     cache = LatentCache.open(config.precompute.cache)
     normalization = LatentNormalization.from_json(cache.manifest["normalization"])
+
+    def fill_start(model: nn.Module) -> None:
+        if config.start_weights is not None:
+            logger.info("beginning with the weights of %s", config.start_weights)
+            fill_weights(model, config.start_weights)
+
     trainer = Trainer(
         config,
         mesh,
         build_model=lambda: build_model(config.model, config.kernels, seed=config.run.seed),
+        fill_start=fill_start,
         objective=PyramidFlowMatching(config.objective, normalization.normalize, mesh.device),
         loader=build_loader(config, cache, mesh.rank, mesh.world_size),
         should_stop=should_stop,
@@ -138,7 +151,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     run = config.run.model_copy(update={"folder": absolute(config.run.folder)})
     precompute = config.precompute.model_copy(update={"cache": absolute(config.precompute.cache)})
-    return config.model_copy(update={"run": run, "precompute": precompute})
+    warm_start = config.warm_start
+    if warm_start.weights is not None:
+        warm_start = warm_start.model_copy(update={"weights": absolute(warm_start.weights)})
+    return config.model_copy(update={"run": run, "precompute": precompute, "warm_start": warm_start})
 
 
 def check_run_folder(config: RunConfig) -> int:
@@ -234,7 +250,8 @@ def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
         f"{total:,} parameters; weights, gradients, moments and average take {states:.2f} GiB a rank (ZeRO "
         f"{config.trainer.zero_stage}, {workers} ranks); tokens from the first {_PLANNED_STEPS} steps of rank 0"
     )
-    lines.append(f"starts at step {step} of {config.total_steps}; folder {config.run.folder}")
+    weights = f" with the weights of {config.start_weights}" if step == 0 and config.start_weights else ""
+    lines.append(f"starts at step {step} of {config.total_steps}{weights}; folder {config.run.folder}")
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load as _load_tensor_bytes
 from safetensors.torch import save as _save_tensor_bytes
@@ -211,6 +212,12 @@ def write_json(path: str, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
+_TENSOR_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+}  # fmt: skip
+
+
 def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Serialise named tensors as safetensors; equal tensors give equal bytes."""
     return _save_tensor_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata or {}))
@@ -226,41 +233,95 @@ def write_tensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_bytes(path, tensors_to_bytes(tensors, metadata))
 
 
+def stream_tensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a local safetensors file atomically, tensor by tensor: for what memory cannot hold twice.
+
+    Args:
+        path: the file.
+        tensors: on the CPU; in the order of their names in the file.
+        metadata: kept in the header.
+    """
+    names = {dtype: name for name, dtype in _TENSOR_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        start, end = end, end + tensor.nbytes
+        dtype = names[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    # The format aligns the data to 8 bytes, by spaces after the header.
+    text += b" " * (-len(text) % 8)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor in sorted(tensors.items()):
+                file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
 def read_tensors(path: str) -> dict[str, Tensor]:
     """Read a safetensors file to CPU tensors, local or remote."""
     return tensors_from_bytes(read_bytes(path))
 
 
-_TENSOR_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-}  # fmt: skip
+class TensorFile:
+    """A safetensors file by its header: layout, and tensors one at a time by a ranged read each; local or remote.
 
-
-def read_tensor_layout(path: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype (torch's name of it) of each tensor of a safetensors file; only the header is read.
+    Args:
+        path: the file.
 
     Raises:
         ValueError: no safetensors file, or a cut one; the message names the file.
     """
-    size = size_bytes(path)
-    length = int.from_bytes(read_bytes(path, 0, min(8, size)), "little")
-    if size < 8 or length > size - 8:
-        raise ValueError(f"{path}: {size} bytes are no safetensors file, or a cut one.")
-    try:
-        header = json.loads(read_bytes(path, 8, length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        layout = {
-            name: (tuple(entry["shape"]), _TENSOR_DTYPES.get(entry["dtype"], entry["dtype"]))
-            for name, entry in entries.items()
-        }
-    # ValueError: no JSON, no UTF-8; the others: JSON of another shape
-    except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path}: the header is no safetensors header ({error}).") from error
-    if 8 + length + end != size:
-        raise ValueError(f"{path}: holds {size} bytes, its header names {8 + length + end}: it is cut short.")
-    return layout
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        size = size_bytes(path)
+        length = int.from_bytes(read_bytes(path, 0, min(8, size)), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path}: {size} bytes are no safetensors file, or a cut one.")
+        try:
+            header = json.loads(read_bytes(path, 8, length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            self._ranges = {
+                name: (8 + length + int(entry["data_offsets"][0]), 8 + length + int(entry["data_offsets"][1]))
+                for name, entry in entries.items()
+            }
+            self.layout: dict[str, tuple[tuple[int, ...], str]] = {
+                name: (tuple(entry["shape"]), _TENSOR_DTYPES.get(entry["dtype"], entry["dtype"]))
+                for name, entry in entries.items()
+            }
+        # ValueError: no JSON, no UTF-8; the others: JSON of another shape
+        except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{path}: the header is no safetensors header ({error}).") from error
+        end = max((stop for _, stop in self._ranges.values()), default=8 + length)
+        if end != size:
+            raise ValueError(f"{path}: holds {size} bytes, its header names {end}: it is cut short.")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, in the dtype of the file.
+
+        Raises:
+            ValueError: the header gives it another number of bytes than its shape and dtype have.
+        """
+        shape, dtype = self.layout[name]
+        start, stop = self._ranges[name]
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        if tensor.nbytes != stop - start:
+            raise ValueError(
+                f"{self.path}: {name} of shape {list(shape)} and {dtype} has {tensor.nbytes} bytes, but the header "
+                f"gives it {stop - start}."
+            )
+        if tensor.nbytes:
+            raw = torch.frombuffer(bytearray(read_bytes(self.path, start, stop - start)), dtype=torch.uint8)
+            tensor.view(-1).view(torch.uint8).copy_(raw)
+        return tensor
 
 
 def read_tensor_metadata(path: str) -> dict[str, str]:

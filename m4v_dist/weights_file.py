@@ -6,6 +6,7 @@ runs no code). Local or s3://. Weights are handed out in float32: float32, bfloa
 
 import hashlib
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +39,38 @@ def read_layout(path: str) -> dict[str, TensorLayout]:
     Raises:
         DataError: the file is damaged, or no state dict, or of another kind.
     """
-    if path.endswith(SAFETENSORS):
-        return {name: TensorLayout(shape, dtype) for name, (shape, dtype) in _header(path).items()}
-    return {
-        name: TensorLayout(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in _unpickle(path, "meta").items()
-    }
+    return _tensor_file_layout(_open(path)) if path.endswith(SAFETENSORS) else _state_layout(unpickle(path, "meta"))
+
+
+class WeightsFile:
+    """A weights file, opened: its layout, and its tensors one at a time, so that memory need not hold them all.
+
+    Args:
+        path: the file. A pickle is mapped where that can be done: it must stand as long as it is read.
+
+    Raises:
+        DataError: see `read_layout`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._tensors = _open(path) if path.endswith(SAFETENSORS) else unpickle(path, "cpu", is_mapped=True)
+        if isinstance(self._tensors, dict):
+            self.layout = _state_layout(self._tensors)
+        else:
+            self.layout = _tensor_file_layout(self._tensors)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as float32 on the CPU; may be a view of the file.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        if isinstance(self._tensors, dict):
+            return self._tensors[name].float()
+        try:
+            return self._tensors.read(name).float()
+        except ValueError as error:
+            raise DataError(f"{error} Fetch the file again.") from error
 
 
 def load_weights(module: nn.Module, path: str) -> None:
@@ -53,8 +80,21 @@ def load_weights(module: nn.Module, path: str) -> None:
         DataError: see `read_layout` and `require_layout`.
     """
     require_layout(path, read_layout(path), module.state_dict())
-    tensors = storage.read_tensors(path) if path.endswith(SAFETENSORS) else _unpickle(path, "cpu")
+    tensors = storage.read_tensors(path) if path.endswith(SAFETENSORS) else unpickle(path, "cpu")
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+
+
+@torch.no_grad()
+def fill_weights(module: nn.Module, path: str) -> None:
+    """Copy the file's weights into `module`'s own memory, tensor by tensor; strict.
+
+    Raises:
+        DataError: see `read_layout` and `require_layout`.
+    """
+    file = WeightsFile(path)
+    require_layout(path, file.layout, module.state_dict())
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(file.read(name))
 
 
 def require_layout(path: str, found: Mapping[str, TensorLayout], wanted: Mapping[str, Tensor]) -> None:
@@ -106,20 +146,42 @@ def _describe(what: str, entries: Sequence[str]) -> list[str]:
     return [f"{len(entries)} {what} ({', '.join(entries[:_NUM_NAMED])}{more})"]
 
 
-def _header(path: str) -> dict[str, tuple[tuple[int, ...], str]]:
+def _open(path: str) -> storage.TensorFile:
     try:
-        return storage.read_tensor_layout(path)
+        return storage.TensorFile(path)
     except ValueError as error:
         raise DataError(f"{error} Fetch the file again.") from error
 
 
-def _unpickle(path: str, device: str) -> dict[str, Tensor]:
-    """A state dict that torch.save wrote; on "meta" the numbers stay in the file."""
+def _tensor_file_layout(file: storage.TensorFile) -> dict[str, TensorLayout]:
+    return {name: TensorLayout(shape, dtype) for name, (shape, dtype) in file.layout.items()}
+
+
+def _state_layout(state: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
+    return {
+        name: TensorLayout(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in state.items()
+    }
+
+
+def unpickle(path: str, device: str, *, is_mapped: bool = False) -> dict[str, Tensor]:
+    """Read a state dict that torch.save wrote; it runs no code.
+
+    Args:
+        path: a `.bin`, `.pt` or `.pth` file, local or s3://.
+        device: "cpu", or "meta": the numbers stay in the file.
+        is_mapped: the tensors of a local file are read when they are used, so they are whole only while it stands.
+
+    Raises:
+        DataError: another kind of file, a damaged one, or no state dict.
+    """
     if not path.endswith(PICKLES):
         raise DataError(f"{path}: weights are read from {', '.join(SAFETENSORS + PICKLES)} files; convert it to one.")
+    # What torch wrote before it wrote zip archives cannot be mapped.
+    can_map = is_mapped and not storage.is_remote(path) and zipfile.is_zipfile(path)
     with storage.open_read(path) as file:
         try:
-            state: Any = torch.load(file, map_location=device, weights_only=True)
+            state: Any = torch.load(path if can_map else file, map_location=device, mmap=can_map, weights_only=True)
         # RuntimeError: no archive, or a cut one; UnpicklingError: holds more than tensors; EOFError: empty
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -77,6 +77,8 @@ def run_config(config: RunConfig, row: str, seed: int) -> RunConfig:
     values = config.model_dump(mode="json")
     values["run"] |= {"folder": storage.join(ablation_folder(config), f"{row}_seed{seed}"), "seed": seed}
     values["model"] |= {**ABLATIONS[row], "ablation": row}
+    # Each row from its own seed: a warm start gives more to some rows than to others.
+    values["warm_start"] = {}
     last = values["curriculum"][-1]
     values["curriculum"] = [last | {"num_steps": num_steps, "warmup_steps": min(last["warmup_steps"], num_steps)}]
     values["trainer"] |= {

@@ -290,6 +290,28 @@ class ModelSettings(Settings):
         return self.hidden_size * self.ssm.expand // self.ssm.head_dim
 
 
+class WarmStartSettings(Settings):
+    """Start weights from PyramidFlow's transformer; with neither key, all weights are drawn from run.seed."""
+
+    source: str | None = Field(
+        default=None,
+        description="PyramidFlow's miniFLUX: a .safetensors, .bin, .pt or .pth file, or its folder; local or s3://. "
+        "import_checkpoint reads it.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="The model's start weights, a local safetensors file that import_checkpoint writes and training "
+        "begins with; with a source, None is <run.folder>/warm_start/weights.safetensors.",
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_are_local(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("s3://"):
+            raise ValueError(f"weights={value!r} is not local; give a local or mounted file, as for run.folder")
+        return value
+
+
 class ObjectiveSettings(Settings):
     """Pyramid flow matching (arXiv 2410.05954)."""
 
@@ -470,6 +492,7 @@ class RunConfig(Settings):
     text_encoder: TextEncoderSettings = TextEncoderSettings()
     kernels: KernelSettings = KernelSettings()
     model: ModelSettings
+    warm_start: WarmStartSettings = WarmStartSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     curriculum: tuple[CurriculumStageSettings, ...] = Field(min_length=1)
     trainer: TrainerSettings = TrainerSettings()
@@ -477,6 +500,13 @@ class RunConfig(Settings):
     logging: LoggingSettings = LoggingSettings()
     sampling: SamplingSettings = SamplingSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
+
+    @property
+    def start_weights(self) -> str | None:
+        """File of the model's start weights; None draws them all from run.seed."""
+        if self.warm_start.weights is None and self.warm_start.source is not None:
+            return f"{self.run.folder.rstrip('/')}/warm_start/weights.safetensors"
+        return self.warm_start.weights
 
     @property
     def total_steps(self) -> int:

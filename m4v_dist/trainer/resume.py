@@ -2,7 +2,8 @@
 
 May change: where things are and how they run (run.name, run.folder, launch, logging, sampling, precompute, kernels,
 ZeRO stage, micro-batch, what is saved and validated when), and curriculum stages that have not begun. The rest decides
-weights or the order of the data, so a run that goes on must keep it.
+weights or the order of the data, so a run that goes on must keep it: the start weights (warm_start) too, though their
+files are read at step 0 alone and need not stand any more.
 """
 
 import logging

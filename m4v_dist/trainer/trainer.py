@@ -59,7 +59,8 @@ class Trainer:
     Args:
         config: the run.
         mesh: rank facts.
-        build_model: builds the model with its start weights, the same on every rank.
+        build_model: builds the model with fresh weights, the same on every rank.
+        fill_start: fills a model that no checkpoint will fill, of a run at its start, in place; a resume never asks.
         objective: called with the engine's model and a micro-batch.
         loader: this rank's.
         should_stop: asked on rank 0 in each step; True saves after that step and ends with PreemptedError.
@@ -73,10 +74,11 @@ class Trainer:
         build_model: Callable[[], nn.Module],
         objective: Objective,
         loader: Loader,
+        fill_start: Callable[[nn.Module], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.mesh, self.objective, self.loader = config, mesh, objective, loader
-        self.build_model, self.should_stop = build_model, should_stop
+        self.build_model, self.fill_start, self.should_stop = build_model, fill_start, should_stop
         self.folder = config.run.folder
         self.checkpoints = storage.join(self.folder, "checkpoints")
         self.sources = tuple(source.name for source in config.train_sources)
@@ -151,8 +153,11 @@ class Trainer:
     def _enter(self, curriculum_stage: CurriculumStage) -> None:
         """Build the engine of a curriculum stage and fill it from the newest checkpoint, if there is one."""
         settings, config = curriculum_stage.settings, self.config
+        model = self.build_model()
+        if self.saved is None:
+            self.fill_start(model)
         self.engine = ZeroEngine(
-            self.build_model(),
+            model,
             config.trainer,
             freeze=settings.freeze,
             micro_batch_slots=settings.micro_batch_slots,

@@ -11,48 +11,22 @@ from torch import Tensor, nn
 from m4v_dist.batch import Column, ModelInput, TextFeatures
 from m4v_dist.config.schema import KernelSettings, ModelSettings
 from m4v_dist.model.build import build_model, build_on_meta
-from m4v_dist.model.warm_start import from_pyramidflow_name, from_pyramidflow_state_dict
+from m4v_dist.model.checkpoint_names import from_pyramidflow_name
+from m4v_dist.model.pyramid import PyramidModel
+from m4v_dist.model.warm_start import apply_warm_start, plan_warm_start
 from tests.conftest import GOLDEN, load_golden
+from tests.model.golden_transformer import layout_of, settings_of, single_clip_input, text_of, weights_of
 
 KERNELS = KernelSettings()
 
 
-def _attention_settings(config: dict[str, Any], has_temporal_mask: bool = True) -> ModelSettings:
-    channels = config["in_channels"] // 4
-    return ModelSettings(
-        hidden_size=config["num_attention_heads"] * config["attention_head_dim"],
-        num_heads=config["num_attention_heads"],
-        num_double_blocks=config["num_layers"],
-        num_single_blocks=config["num_single_layers"],
-        text_width=config["joint_attention_dim"],
-        pooled_width=config["pooled_projection_dim"],
-        latent_channels=channels,
-        rope_axes=tuple(config.get("axes_dims_rope", (16, 24, 24))),
-        mixer="attention",
-        has_temporal_mask=has_temporal_mask,
-    )
-
-
 def _golden_model(has_temporal_mask: bool = True) -> tuple[nn.Module, dict[str, Any], dict[str, Tensor]]:
     description, tensors = load_golden("pyramid_flux_transformer")
-    model = build_model(_attention_settings(description["config"], has_temporal_mask), KERNELS, seed=0)
-    weights = {name.removeprefix("w."): t for name, t in tensors.items() if name.startswith("w.")}
-    model.load_state_dict(from_pyramidflow_state_dict(weights), strict=True)
+    settings = settings_of(description["config"], has_temporal_mask=has_temporal_mask)
+    model, weights = build_model(settings, KERNELS, seed=0), weights_of(tensors)
+    assert isinstance(model, PyramidModel)
+    apply_warm_start(model, plan_warm_start(model, layout_of(weights), "golden"), weights.__getitem__)
     return model, description, tensors
-
-
-def _text(tensors: dict[str, Tensor], case: str, entry: int) -> TextFeatures:
-    mask = tensors[f"in.{case}.encoder_attention_mask"][entry].bool()
-    return TextFeatures(
-        tensors[f"in.{case}.encoder_hidden_states"][entry][mask], tensors[f"in.{case}.pooled_projections"][entry]
-    )
-
-
-def _single_clip_input(tensors: dict[str, Tensor], case: str) -> ModelInput:
-    latents, timesteps = tensors[f"in.{case}.latent"], tensors[f"in.{case}.timestep_ratio"]
-    return ModelInput(
-        tuple(Column((latents[i],), (2,), _text(tensors, case, i), timesteps[i]) for i in range(len(latents)))
-    )
 
 
 def _row_input(description: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[ModelInput, list[tuple[int, int]]]:
@@ -67,7 +41,7 @@ def _row_input(description: dict[str, Any], tensors: dict[str, Tensor]) -> tuple
             levels = _levels(clips, stage)
             entry = row * len(stages) + number
             timestep = tensors["in.row.timestep_ratio"][entry]
-            columns.append(Column(clips, levels, _text(tensors, "row", entry), timestep))
+            columns.append(Column(clips, levels, text_of(tensors, "row", entry), timestep))
             owners.append((row, number))
     return ModelInput(tuple(columns)), owners
 
@@ -84,7 +58,7 @@ def _levels(clips: tuple[Tensor, ...], stage: int) -> tuple[int, ...]:
 def test_one_clip_gives_pyramidflow_outputs(case: str, output: str, mask: bool) -> None:
     model, description, tensors = _golden_model(mask)
     tolerance = description["tolerance"]["recommended"]["outputs"]
-    for actual, expected in zip(model(_single_clip_input(tensors, case)), tensors[output], strict=True):
+    for actual, expected in zip(model(single_clip_input(tensors, case)), tensors[output], strict=True):
         torch.testing.assert_close(actual, expected, **tolerance)
 
 
@@ -122,15 +96,10 @@ def test_position_ids_equal_pyramidflow() -> None:
 
 def test_full_size_attention_model_has_miniflux_names_and_shapes() -> None:
     reference = json.loads((GOLDEN / "keys_pyramid_miniflux.json").read_text())
-    model = build_on_meta(_attention_settings(reference["config"]), KERNELS)
+    model = build_on_meta(settings_of(reference["config"]), KERNELS)
     ours = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     assert ours == {from_pyramidflow_name(name): shape for name, shape in reference["keys"].items()}
     assert sum(parameter.numel() for parameter in model.parameters()) == reference["parameters_total"]
-
-
-def test_a_foreign_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="no parameter of PyramidFlow"):
-        from_pyramidflow_state_dict({"transformer_blocks.0.attn.to_z.weight": torch.zeros(1)})
 
 
 def _tiny(**options: Any) -> ModelSettings:
