@@ -1,4 +1,4 @@
-"""Every verb also runs through `ray job submit`: a head of our own, jobs that end well and jobs that do not."""
+"""Every verb of a run also goes through `ray job submit`: a head of our own, jobs that end well and others."""
 
 import json
 import os
@@ -11,8 +11,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,21 +113,28 @@ def _submit(head: Head, name: str, verb: str, config: str, *overrides: str) -> "
     )  # fmt: skip
 
 
-def test_submitted_jobs_precompute_and_train_on_workers_of_the_cluster(head: Head, tmp_path: Path) -> None:
+def test_submitted_jobs_do_a_whole_run_on_workers_of_the_cluster(head: Head, tmp_path: Path) -> None:
     """Data by absolute paths: the jobs run in a copy of the working directory that is gone afterwards."""
     config = write_tiny_run(tmp_path, num_training_clips=1)
     # Braces come through: Ray gives the line to a shell once more, and quotes it for that.
     shards = f"sources.0.shards={tmp_path}/shards/clips-{{000..000}}.tar"
-    for name, verb, overrides in (("precompute", "precompute_latents", [shards]), ("train", "train", [])):
-        submitted = _submit(head, name, verb, config, *overrides)
-        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    # Those that stand together do not wait for one another; the report says what is not there yet.
+    for verbs in (["precompute_latents"], ["train"], ["check_codec", "sample", "report"]):
+        with ThreadPoolExecutor() as pool:
+            for submitted in pool.map(lambda verb: _submit(head, verb, verb, config, shards), verbs):
+                assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     status = head.job("status", "train")
     assert "'train' succeeded" in status.stdout
-    assert _job_info(head, "precompute")["status"] == "SUCCEEDED"
-    logs = head.job("logs", "precompute").stdout
+    assert _ask(head, "precompute_latents")["status"] == "SUCCEEDED"
+    logs = _ask(head, "precompute_latents/logs")["logs"]
     assert "precompute_latents: 2 records kept" in logs and "joined the Ray cluster" in logs
-    assert "train: 2 steps done" in head.job("logs", "train").stdout
-    assert (tmp_path / "run" / "checkpoints" / "step_00000002" / "COMMITTED").exists()
+    assert "train: 2 steps done" in _ask(head, "train/logs")["logs"]
+    run = tmp_path / "run"
+    assert (run / "checkpoints" / "step_00000002" / "COMMITTED").exists()
+    assert "1 videos from step_00000002" in _ask(head, "sample/logs")["logs"]
+    assert (run / "samples" / "00.mp4").stat().st_size > 0
+    assert (run / "codec" / "codec.json").exists()
+    assert "tiny" in (run / "report.html").read_text()
 
 
 def test_a_job_whose_data_is_missing_gives_1_and_carries_code_and_reason(head: Head, tmp_path: Path) -> None:
@@ -133,7 +142,7 @@ def test_a_job_whose_data_is_missing_gives_1_and_carries_code_and_reason(head: H
     config = write_tiny_run(tmp_path, num_training_clips=1)
     submitted = _submit(head, "no-cache", "train", config)
     assert submitted.returncode == 1
-    info = _job_info(head, "no-cache")
+    info = _ask(head, "no-cache")
     assert info["status"] == "FAILED" and info["driver_exit_code"] == 3
     assert "run jobs.precompute_latents first" in str(info["message"])
     assert json.loads((tmp_path / "run" / "result.json").read_text())["exit_code"] == 3
@@ -142,7 +151,7 @@ def test_a_job_whose_data_is_missing_gives_1_and_carries_code_and_reason(head: H
 def test_a_job_with_a_typo_gives_1_and_carries_code_and_reason(head: Head, tmp_path: Path) -> None:
     config = write_tiny_run(tmp_path, num_training_clips=1)
     assert _submit(head, "typo", "precompute_latents", config, "trainer.zero_stagee=2").returncode == 1
-    info = _job_info(head, "typo")
+    info = _ask(head, "typo")
     assert info["status"] == "FAILED" and info["driver_exit_code"] == 2
     assert "did you mean trainer.zero_stage?" in str(info["message"])
     assert "did you mean trainer.zero_stage?" in head.job("logs", "typo").stdout
@@ -152,19 +161,18 @@ def test_a_job_that_would_write_into_its_own_copy_of_the_code_is_exit_2(head: He
     """That copy is gone after the job, and what was trained with it."""
     config = write_tiny_run(tmp_path, num_training_clips=1)
     assert _submit(head, "relative", "train", config, "run.folder=runs/mine").returncode == 1
-    info = _job_info(head, "relative")
+    info = _ask(head, "relative")
     assert info["status"] == "FAILED" and info["driver_exit_code"] == 2
     assert "run.folder=runs/mine is relative" in str(info["message"])
 
 
-def _job_info(head: Head, submission_id: str) -> dict[str, object]:
+def _ask(head: Head, path: str) -> dict[str, Any]:
+    """What the head says of a job; `ray job logs` says the same, after seconds of imports."""
     token = Path(head.env["RAY_AUTH_TOKEN_PATH"]).read_text()
-    request = urllib.request.Request(
-        f"{head.address}/api/jobs/{submission_id}", headers={"Authorization": f"Bearer {token}"}
-    )
+    request = urllib.request.Request(f"{head.address}/api/jobs/{path}", headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request, timeout=10) as answer:
-        info: dict[str, object] = json.load(answer)
-    return info
+        said: dict[str, Any] = json.load(answer)
+    return said
 
 
 def test_what_is_shipped_stays_far_below_rays_limit() -> None:
