@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from m4v_dist import storage
-from m4v_dist.bench.flops_tables import step_flops
+from m4v_dist.bench.flops_tables import ARCHITECTURES, step_flops
 from m4v_dist.bench.markdown import amount, table
 from m4v_dist.config.load import parse_config
 from m4v_dist.config.presets import ABLATIONS
 from m4v_dist.config.schema import RunConfig
 
-ARCHITECTURES = ("full_attention", "parallel", "full_mamba", "full_mamba_temporal")
 COMPONENTS = ("no_components", "text", "vision", "text_vision", "text_vision_temporal")
 HYBRIDS = ("post_half", "pre_half", "interleaved")
 TABLES: Mapping[str, tuple[str, ...]] = {
@@ -183,7 +182,8 @@ def _claims(runs: Sequence[AblationRun], seeds: Sequence[int]) -> str:
         lines.append(_separated(runs, seeds))
     lines.append(
         "- A few steps of a small model on a few clips say nothing about the paper's rows, which trained 20k steps at "
-        "2B parameters. FLOPs are by arithmetic, each text at its longest; seconds are of plain torch kernels here and no claim of speed."
+        "2B parameters. FLOPs are by arithmetic, each text at its longest; seconds are of plain torch kernels here and "
+        "no claim of speed."
     )
     return "\n".join(lines)
 
