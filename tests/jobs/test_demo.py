@@ -205,11 +205,12 @@ def test_a_step_that_fails_ends_the_demo_with_its_exit_code(tmp_path: Path) -> N
 
 
 def test_the_command_is_shown_so_that_it_can_be_copied(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    step = _demo(tmp_path, "--config", CONFIG, "sampling.prompts=['two words']", "--dry-run")
+    (tmp_path / "metrics.jsonl").touch()
+    step = _demo(tmp_path, "--config", CONFIG, f"run.folder={tmp_path}", "sampling.prompts=['two words']", "--dry-run")
     step._step("report")
     shown = capfd.readouterr().out
-    assert f"-m jobs.report --config {CONFIG} 'sampling.prompts=['\"'\"'two words'\"'\"']' --dry-run" in shown
-    assert "would write runs/demo/report.html" in shown
+    assert f"-m jobs.report --config {CONFIG} run.folder={tmp_path} 'sampling.prompts=['\"'\"'two words'\"'\"']' --dry-run" in shown
+    assert f"would write {tmp_path}/report.html" in shown
 
 
 def test_an_earlier_demo_is_removed_and_an_empty_folder_is_not_spoken_of(
