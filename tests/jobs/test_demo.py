@@ -209,7 +209,8 @@ def test_the_command_is_shown_so_that_it_can_be_copied(tmp_path: Path, capfd: py
     step = _demo(tmp_path, "--config", CONFIG, f"run.folder={tmp_path}", "sampling.prompts=['two words']", "--dry-run")
     step._step("report")
     shown = capfd.readouterr().out
-    assert f"-m jobs.report --config {CONFIG} run.folder={tmp_path} 'sampling.prompts=['\"'\"'two words'\"'\"']' --dry-run" in shown
+    words = "'sampling.prompts=['\"'\"'two words'\"'\"']'"
+    assert f"-m jobs.report --config {CONFIG} run.folder={tmp_path} {words} --dry-run" in shown
     assert f"would write {tmp_path}/report.html" in shown
 
 
