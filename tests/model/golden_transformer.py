@@ -49,9 +49,9 @@ def text_of(tensors: Mapping[str, Tensor], case: str, entry: int) -> TextFeature
     )
 
 
-def single_clip_input(tensors: Mapping[str, Tensor], case: str) -> ModelInput:
-    """The columns of a case whose columns have one clip each."""
+def single_clip_input(tensors: Mapping[str, Tensor], case: str, level: int = 2) -> ModelInput:
+    """The columns of a case whose columns have one clip each; attention does not know their pyramid level."""
     latents, timesteps = tensors[f"in.{case}.latent"], tensors[f"in.{case}.timestep_ratio"]
     return ModelInput(
-        tuple(Column((latents[i],), (2,), text_of(tensors, case, i), timesteps[i]) for i in range(len(latents)))
+        tuple(Column((latents[i],), (level,), text_of(tensors, case, i), timesteps[i]) for i in range(len(latents)))
     )
