@@ -60,5 +60,5 @@ def test_shards_become_a_cache_a_trained_model_videos_and_a_report(
     assert frames.shape == (FRAMES, 64, 64, 3) and fps == 8.0
     call("report", report)
     page = " ".join((run / "report.html").read_text().split())
-    assert "trained for 3 steps on cached latents of 4 clips and stills" in page
+    assert "trained for 3 steps on cached latents (the cache holds 4 clips and stills" in page
     assert "moving blocks" in page and "Over 1 held-out clips at 64 × 64 px" in page
