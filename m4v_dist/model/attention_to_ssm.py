@@ -8,10 +8,10 @@ mixer's out_proj becomes the mean of its copies of the values.
   `expand` times.
 - mamba1 makes B, C and dt from the convolved x, not from the token: keys and queries have no place and are left out.
 
-Not attention's afterwards, in any variant: dt and the decays (fresh), the gate silu(z) (fresh: it scales and, where z
-is negative, turns a value's sign), positions (the scan has none but order), and, in mil and mamba2, the gated norm,
-which brings the mixer's output to RMS 1 whatever attention's was. The SiLU after mamba2's and mamba1's convolution
-bends the values.
+What is not attention's afterwards: dt and the decays are fresh; so is the gate, and a fresh silu(z) turns the sign of
+a value where z is negative; positions are order alone; the gated norm of mil and mamba2 brings the output to RMS 1,
+whatever attention's was; the fresh taps of mamba2 and mamba1 mix neighbours with random signs, and a SiLU bends what
+comes out (mil's taps start as the identity, without SiLU).
 
 Source: Mamba-in-the-Llama (Wang et al. 2024), section 3 and code at jxiw/MambaInLlama, for v, k, q to x, B, C.
 

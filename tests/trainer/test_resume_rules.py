@@ -29,6 +29,8 @@ def _json(**changes: Any) -> dict[str, Any]:
         ("trainer__sync_group", 3),
         ("trainer__precision", "bfloat16"),
         ("objective__cfg_dropout", 0.5),
+        ("warm_start__source", "/release/diffusion_transformer_384p"),
+        ("warm_start__weights", "/run/other.safetensors"),
         ("curriculum__0__learning_rate", 1.0),
         ("curriculum__1__weights", {"clips": 9.0}),
         ("curriculum__1__buckets", [{"height_px": 64, "width_px": 64}, {"height_px": 128, "width_px": 64}]),

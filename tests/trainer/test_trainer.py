@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from m4v_dist.errors import NonFiniteError, PreemptedError
 from m4v_dist.parallel.mesh import Mesh
@@ -64,6 +65,36 @@ def test_curriculum_stages_change_freeze_set_rate_and_data_counts_at_their_bound
     assert losses[1] < losses[0]
 
 
+def _filled_jobs(folder: str) -> list[str]:
+    """Which of three attempts at a run filled its model: one that dies in its first step, one that stops, the last."""
+    filled: list[str] = []
+
+    def attempt(name: str, **options: Any) -> Trainer:
+        trainer = _trainer(folder, **options)
+
+        def fill(model: nn.Module) -> None:
+            assert isinstance(model, ToyModel)
+            nn.init.constant_(model.register, 0.25)
+            filled.append(name)
+
+        trainer.fill_start = fill
+        return trainer
+
+    def die(model: nn.Module, batch: Any) -> ToyOutput:
+        if batch.slots[0].step == 0:
+            raise RuntimeError("lost")
+        return toy_objective(model, batch)
+
+    with pytest.raises(RuntimeError, match="lost"):
+        attempt("dies", objective=die).run()
+    stopping = attempt("stops")
+    stopping.should_stop = lambda: stopping.step >= 1
+    with pytest.raises(PreemptedError):
+        stopping.run()
+    attempt("ends").run()
+    return filled
+
+
 def _more_jobs(folder: str) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     first = _trainer(f"{folder}/done").run()
@@ -80,6 +111,7 @@ def _more_jobs(folder: str) -> dict[str, Any]:
         stopping.run()
     except PreemptedError as error:
         answer["stopped"] = str(error)
+    answer["filled"] = _filled_jobs(f"{folder}/filled")
     mesh = stopping.mesh
 
     def nan_on_one_rank(model: Any, batch: Any) -> ToyOutput:
@@ -106,6 +138,17 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
 def test_a_finished_run_submitted_again_does_no_step(more: tuple[str, dict[str, Any]]) -> None:
     assert more[1]["again"] == (TOTAL, TOTAL, True)
     assert len(rows(f"{more[0]}/done", "train")) == TOTAL
+
+
+def test_start_weights_fill_a_run_without_a_checkpoint_and_never_one_that_has_one(
+    more: tuple[str, dict[str, Any]],
+) -> None:
+    """Nor the model of a later curriculum stage."""
+    assert more[1]["filled"] == ["dies", "stops"]
+    filled, fresh = (rows(f"{more[0]}/{name}", "held_out") for name in ("filled", "done"))
+    assert filled[0]["step"] == fresh[0]["step"] == 0
+    assert filled[0]["validation/held_out_loss"] != fresh[0]["validation/held_out_loss"]
+    assert len({row["validation/held_out_loss"] for row in filled if row["step"] == 0}) == 1
 
 
 def test_a_run_asked_to_stop_saves_first(more: tuple[str, dict[str, Any]]) -> None:
