@@ -168,6 +168,10 @@ def test_mil_with_decay_1_and_step_1_is_linear_attention_of_pyramidflow_s_weight
     expected = torch.einsum("nts,snp->tnp", torch.einsum("tnp,snp->nts", q, k).tril(), v)
     y, _ = mixer.scan(tokens[None])
     torch.testing.assert_close(y[0], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    # The product of keys and queries would not show their norms' weights exchanged.
+    assert torch.equal(mixer.norm_B.weight, attention.qkv.norm_k.weight)
+    assert torch.equal(mixer.norm_C.weight, attention.qkv.norm_q.weight)
+    assert not torch.equal(mixer.norm_B.weight, mixer.norm_C.weight)
 
 
 @pytest.mark.parametrize("options", [{}, {"state_dim": 3}, {"num_groups": 2}, {"expand": 1}, {"expand": 3}])
