@@ -140,9 +140,9 @@ def test_chunked_is_much_faster_than_the_loop() -> None:
     def seconds(backend: Backend) -> float:
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             _run(inputs, backend, dt_softplus=True)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     assert seconds("reference_chunked") < seconds("reference") / 3

@@ -154,9 +154,9 @@ def test_chunked_is_faster_than_the_loop() -> None:
     def seconds(backend: Backend) -> float:
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             _run(inputs, backend, chunk_size=256)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     assert seconds("reference_chunked") < seconds("reference") / 2
