@@ -102,7 +102,11 @@ class CausalVideoVae(nn.Module):
 
     Args:
         config: its sizes.
-        tile_px: side of a tile in pixels, a multiple of 4 latents; 0 runs whole frames.
+        tile_px: side of a tile in pixels, a multiple of 4 latents; 0 runs whole frames. Other sides are refused; the
+            reference takes them, and cuts their overlaps off to whole latents and pixels, one apart from the other.
+
+    Raises:
+        ValueError: of every method, for a shape that breaks its rules.
     """
 
     def __init__(self, config: CausalVideoVaeConfig = RELEASED, *, tile_px: int = 0) -> None:
@@ -126,11 +130,13 @@ class CausalVideoVae(nn.Module):
 
         Args:
             frames: b c t h w, float in [-1, 1]; t = 8k+1, h and w multiples of 8 (of the config's strides).
-            num_latents: latents of a chunk after the first frame; None runs the whole clip at once.
+            num_latents: latents of a chunk after the first frame, 1 or more; None runs the whole clip at once.
 
         Returns:
             Moments b (2 c) t h w, float32: k+1 means, then log-variances (not clamped); see `Posterior`.
         """
+        self._check_frames(frames)
+        _check_chunk(num_latents)
         num_frames = None if num_latents is None else num_latents * self.config.temporal_stride
 
         def run(piece: Tensor, chunk: Chunk) -> Tensor:
@@ -146,13 +152,15 @@ class CausalVideoVae(nn.Module):
 
         Args:
             latents: b c t h w, un-normalised.
-            num_latents: latents of a chunk after the first; None runs all at once.
+            num_latents: latents of a chunk after the first, 1 or more; None runs all at once.
             starts_clip: the first latent is a clip's first and gives 1 frame; else it gives as many as the others,
                 with zeros before it in each convolution.
 
         Returns:
             Frames b c t h w, float32, about [-1, 1] (not clamped).
         """
+        self._check_latents(latents)
+        _check_chunk(num_latents)
 
         def run(tile: Tensor) -> Tensor:
             return run_chunks(self._decode_chunk, tile, num_latents, starts_clip=starts_clip)
@@ -176,6 +184,12 @@ class CausalVideoVae(nn.Module):
         Returns:
             Frames b c t h w, float32: 8, or 1 where `last` is the first latent of a clip.
         """
+        self._check_latents(last)
+        if last.shape[2] != 1 or context.ndim != 5 or context[:, :, :0].shape != last[:, :, :0].shape:
+            raise ValueError(
+                f"causal video VAE: decode_last wants context b c t h w and one latent b c 1 h w of its size, got "
+                f"{tuple(context.shape)} and {tuple(last.shape)}."
+            )
         num_context = context.shape[2]
 
         def run(tile: Tensor) -> Tensor:
@@ -196,6 +210,34 @@ class CausalVideoVae(nn.Module):
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.quant_conv.conv.weight.dtype)
+
+    def _check_frames(self, frames: Tensor) -> None:
+        if frames.ndim != 5 or frames.shape[1] != _PIXEL_CHANNELS or not frames.is_floating_point():
+            raise ValueError(
+                f"causal video VAE: frames must be float b {_PIXEL_CHANNELS} t h w in [-1, 1], got {frames.dtype} "
+                f"{tuple(frames.shape)}."
+            )
+        num_frames, height, width = frames.shape[2:]
+        space, time = self.config.spatial_stride, self.config.temporal_stride
+        if (num_frames - 1) % time or height % space or width % space or frames.numel() == 0:
+            raise ValueError(
+                f"causal video VAE: {frames.shape[0]} clips of {num_frames} frames of {height} x {width} break the "
+                f"{time}k+1 frame rule or the multiple of {space}; cut to {max(num_frames - 1, 0) // time * time + 1} "
+                "frames, or crop."
+            )
+
+    def _check_latents(self, latents: Tensor) -> None:
+        channels = self.config.latent_channels
+        if latents.ndim != 5 or latents.shape[1] != channels or latents.numel() == 0:
+            raise ValueError(
+                f"causal video VAE: latents must be b c t h w with c={channels} and t > 0, got "
+                f"{tuple(latents.shape)}; decode latents of this network only."
+            )
+
+
+def _check_chunk(num_latents: int | None) -> None:
+    if num_latents is not None and num_latents < 1:
+        raise ValueError(f"causal video VAE: num_latents={num_latents} a chunk; give 1 or more, or None for all.")
 
 
 def run_chunks(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from m4v_dist.frozen.causal_video_vae import RELEASED, CausalVideoVae, CausalVideoVaeConfig, Posterior
 from m4v_dist.frozen.latent_normalization import LatentNormalization
-from m4v_dist.frozen.pyramid_codec_files import STRIDE, find_files, read_config
+from m4v_dist.frozen.pyramid_codec_files import find_files, read_config
 from m4v_dist.weights_file import load_weights, read_layout, require_layout, sha256
 
 FIRST_MEAN, FIRST_STD = -0.04, 1.8726
@@ -119,7 +119,6 @@ class PyramidCodec:
 
         Gradients pass, also from later frames to earlier latents.
         """
-        self._check_latents(latents)
         return rearrange(self._network(latents.device).decode(latents[None]), "1 c t h w -> t h w c")
 
     def decode_last(self, context: Tensor, last: Tensor, *, recompute: bool = False) -> Tensor:
@@ -133,8 +132,8 @@ class PyramidCodec:
         Returns:
             Frames t h w c: the end of what `decode` gives for all latents, 8 of them, or 1 without context.
         """
-        self._check_latents(last)
-        if last.shape[1] != 1 or context.ndim != 4 or context[:, :0].shape != last[:, :0].shape:
+        shapes = [tuple(x.shape[:1] + x.shape[2:]) for x in (context, last) if x.ndim == 4]
+        if len(shapes) != 2 or shapes[0] != shapes[1] or last.shape[1] != 1:
             raise ValueError(
                 f"pyramid codec: decode_last wants context c t h w and one latent c 1 h w of its size, got "
                 f"{tuple(context.shape)} and {tuple(last.shape)}."
@@ -161,20 +160,8 @@ class PyramidCodec:
         return self._loaded.to(device)
 
     def _check_frames(self, frames: Tensor) -> None:
+        """The order of the axes; sizes are the network's to check."""
         if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.is_floating_point():
             raise ValueError(
                 f"pyramid codec: frames must be float t h w 3 in [-1, 1], got {frames.dtype} {tuple(frames.shape)}."
-            )
-        num_frames, height, width, _ = frames.shape
-        if num_frames % STRIDE != 1 or height % STRIDE or width % STRIDE or not height * width:
-            raise ValueError(
-                f"pyramid codec: {num_frames} frames of {height} x {width} break the 8k+1 frame rule or the multiple "
-                f"of 8; cut to {max(num_frames - 1, 0) // STRIDE * STRIDE + 1} frames, or crop."
-            )
-
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 4 or latents.shape[0] != self.latent_channels or latents.numel() == 0:
-            raise ValueError(
-                f"pyramid codec: latents must be c t h w with c={self.latent_channels} and t > 0, got "
-                f"{tuple(latents.shape)}; decode latents of this codec only."
             )

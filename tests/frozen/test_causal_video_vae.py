@@ -201,3 +201,43 @@ def test_log_variances_are_clamped_as_in_the_reference() -> None:
 def test_a_tile_that_does_not_divide_into_latents_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tile_px=200 is no multiple of 32.*use 224"), torch.device("meta"):
         CausalVideoVae(RELEASED, tile_px=200)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((1, 3, 9, 12, 16), "1 clips of 9 frames of 12 x 16 break the 8k.1 frame rule or the multiple of 8"),
+        ((1, 3, 9, 17, 17), "9 frames of 17 x 17 break"),
+        ((1, 3, 8, 16, 16), "8 frames of 16 x 16 break.*cut to 1 frames"),
+        ((1, 3, 0, 16, 16), "0 frames of 16 x 16 break"),
+        ((1, 3, 1, 0, 16), "1 frames of 0 x 16 break"),
+        ((0, 3, 1, 16, 16), "0 clips of 1 frames"),
+        ((1, 4, 9, 16, 16), r"float b 3 t h w .*got torch.float32 \(1, 4, 9, 16, 16\)"),
+        ((3, 9, 16, 16), r"float b 3 t h w .*got torch.float32 \(3, 9, 16, 16\)"),
+    ],
+)
+def test_frames_of_other_shapes_are_refused_by_name(
+    shape: tuple[int, ...], words: str, network: CausalVideoVae
+) -> None:
+    for num_latents in (None, 1):
+        with pytest.raises(ValueError, match=f"causal video VAE: .*{words}"):
+            network.encode(torch.zeros(shape), num_latents=num_latents)
+
+
+def test_latents_of_other_shapes_are_refused_by_name(network: CausalVideoVae) -> None:
+    channels = network.config.latent_channels
+    for shape in ((1, channels, 0, 2, 2), (1, channels + 1, 1, 2, 2), (channels, 1, 2, 2)):
+        with pytest.raises(ValueError, match=rf"causal video VAE: latents must be .*c={channels} and t > 0, got \("):
+            network.decode(torch.zeros(shape))
+    one = torch.zeros(1, channels, 1, 2, 2)
+    for context, last in ((one, one.repeat(1, 1, 2, 1, 1)), (one[..., :1], one), (one[0], one)):
+        with pytest.raises(ValueError, match="causal video VAE: decode_last wants context b c t h w and one latent"):
+            network.decode_last(context, last)
+
+
+@pytest.mark.parametrize("num_latents", [0, -1])
+def test_chunks_of_no_latent_are_refused_by_name(num_latents: int, network: CausalVideoVae) -> None:
+    with pytest.raises(ValueError, match=f"causal video VAE: num_latents={num_latents} a chunk; give 1 or more"):
+        network.encode(torch.zeros(1, 3, 9, 16, 16), num_latents=num_latents)
+    with pytest.raises(ValueError, match=f"causal video VAE: num_latents={num_latents} a chunk; give 1 or more"):
+        network.decode(torch.zeros(1, network.config.latent_channels, 2, 2, 2), num_latents=num_latents)
