@@ -221,6 +221,17 @@ class ModelSettings(Settings):
             raise ValueError(f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}")
         if sum(self.rope_axes) != self.head_dim:
             raise ValueError(f"rope_axes={self.rope_axes} must sum to the head width {self.head_dim}")
+        if any(width < 0 or width % 2 for width in self.rope_axes):
+            raise ValueError(
+                f"rope_axes={self.rope_axes} must be even widths of at least 0: an angle turns two channels"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mixers_fit(self) -> "ModelSettings":
+        # A model of attention alone has neither, whatever sizes the preset leaves there.
+        if all(kind == "attention" for kind in self.block_mixers):
+            return self
         if self.hidden_size * self.ssm.expand % self.ssm.head_dim:
             raise ValueError(
                 f"hidden_size * ssm.expand = {self.hidden_size * self.ssm.expand} is no multiple of "
@@ -228,7 +239,7 @@ class ModelSettings(Settings):
             )
         if self.ssm_num_heads % self.ssm.num_groups:
             raise ValueError(f"{self.ssm_num_heads} SSM heads cannot share ssm.num_groups={self.ssm.num_groups} evenly")
-        if self.temporal_width % self.temporal_heads:
+        if self.has_temporal_branch and self.temporal_width % self.temporal_heads:
             raise ValueError(f"temporal_width={self.temporal_width} is no multiple of {self.temporal_heads} heads")
         return self
 

@@ -54,6 +54,41 @@ def test_a_size_that_is_not_the_variants_is_refused(ssm: dict[str, Any], words: 
     assert words in str(caught.value) and "leave these keys out" in str(caught.value)
 
 
+@pytest.mark.parametrize(("heads", "width", "axes"), [(3, 24, (8, 8, 8)), (3, 40, (16, 12, 12)), (5, 24, (4, 8, 12))])
+def test_widths_that_no_ssm_can_have_are_refused_only_where_a_block_has_one(
+    heads: int, width: int, axes: tuple[int, int, int]
+) -> None:
+    sizes = {"hidden_size": heads * width, "num_heads": heads, "rope_axes": axes}
+    assert _model(**sizes, mixer="attention").head_dim == width
+    assert _model(**sizes, mixer="ssm", num_single_blocks=0).head_dim == width
+    for mixer in ("ssm", "parallel", "post_half", "pre_half", "interleaved"):
+        with pytest.raises(ConfigError, match=rf"{2 * heads * width} is no multiple of ssm.head_dim=32"):
+            _model(**sizes, mixer=mixer)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"ssm": {"num_groups": 3}}, "8 SSM heads cannot share ssm.num_groups=3 evenly"),
+        ({"temporal_heads": 3}, "temporal_width=64 is no multiple of 3 heads"),
+    ],
+)
+def test_groups_and_temporal_heads_are_checked_only_where_they_are_used(sizes: dict[str, Any], words: str) -> None:
+    assert _model(**sizes, mixer="attention").mixer == "attention"
+    with pytest.raises(ConfigError, match=words):
+        _model(**sizes)
+    if "temporal_heads" in sizes:
+        assert _model(**sizes, has_temporal_branch=False).temporal_heads == 3
+
+
+@pytest.mark.parametrize("axes", [(11, 11, 10), (-2, 42, 24)])
+def test_rotary_widths_that_are_no_pairs_are_refused_with_the_widths(axes: tuple[int, int, int]) -> None:
+    heads, width = (4, 32) if sum(axes) == 32 else (2, 64)
+    with pytest.raises(ConfigError) as caught:
+        _model(hidden_size=heads * width, num_heads=heads, rope_axes=axes)
+    assert f"rope_axes={axes} must be even widths" in str(caught.value)
+
+
 def test_an_unknown_variant_or_a_width_of_the_wrong_kind_is_refused_by_its_own_name() -> None:
     with pytest.raises(ConfigError, match=r"model\.ssm\.variant: 'mamba' is not a choice; did you mean 'mamba[12]'"):
         _model(ssm={"variant": "mamba"})
