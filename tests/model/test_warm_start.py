@@ -31,7 +31,6 @@ from tests.model.golden_transformer import layout_of, settings_of, single_clip_i
 KERNELS = KernelSettings()
 VARIANTS = ("mamba2", "mil", "mamba1")
 SIZES = {"temporal_width": 16, "temporal_heads": 2}
-MAMBA2 = {"expand": 2, "head_dim": 16, "state_dim": 24, "chunk_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,29 @@ def golden() -> tuple[dict[str, Any], dict[str, Tensor]]:
     return load_golden("pyramid_flux_transformer")
 
 
-def _ssm(variant: str, **options: Any) -> dict[str, Any]:
-    sizes = MAMBA2 if variant == "mamba2" else {"chunk_size": 16}
+def _ssm(description: dict[str, Any], variant: str, **options: Any) -> dict[str, Any]:
+    """An SSM that fits the golden widths; mamba2 has two heads for each of attention's and each `expand`."""
+    sizes: dict[str, int] = {"chunk_size": 16}
+    if variant == "mamba2":
+        sizes |= {"expand": 2, "head_dim": description["config"]["attention_head_dim"] // 2, "state_dim": 24}
     return {"ssm": {"variant": variant, **sizes, **options}, **SIZES}
+
+
+def _with_two_unified_blocks(
+    description: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The golden config and weights, cut to two unified blocks or filled up with a copy of the first."""
+    block = "single_transformer_blocks."
+    weights = weights_of(tensors)
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(block)}
+    for number in range(2):
+        source = f"{block}{min(number, description['config']['num_single_layers'] - 1)}."
+        kept |= {
+            f"{block}{number}.{name.removeprefix(source)}": tensor
+            for name, tensor in weights.items()
+            if name.startswith(source)
+        }
+    return {**description["config"], "num_single_layers": 2}, kept
 
 
 def _warm(settings: ModelSettings, weights: dict[str, Tensor], seed: int = 3) -> tuple[PyramidModel, WarmStart]:
@@ -124,7 +143,7 @@ def test_a_parallel_model_starts_as_pyramidflow_and_its_scan_can_learn(
     golden: tuple[dict[str, Any], dict[str, Tensor]], variant: str
 ) -> None:
     description, tensors = golden
-    settings = settings_of(description["config"], mixer="parallel", **_ssm(variant))
+    settings = settings_of(description["config"], mixer="parallel", **_ssm(description, variant))
     model, _ = _warm(settings, weights_of(tensors))
     # Level 0: the temporal branch has no sub-images to cut the case's odd grid into.
     outputs = model(single_clip_input(tensors, "clip", level=0))
@@ -139,13 +158,14 @@ def test_a_parallel_model_starts_as_pyramidflow_and_its_scan_can_learn(
 
 
 def _attention_and_mixer(
-    golden: tuple[dict[str, Any], dict[str, Tensor]], **options: Any
+    golden: tuple[dict[str, Any], dict[str, Tensor]], variant: str, **options: Any
 ) -> tuple[AttentionMixer, nn.Module]:
     """The last block's attention as PyramidFlow has it, and the SSM that was made of it."""
     description, tensors = golden
     weights = weights_of(tensors)
     attention, _ = _warm(settings_of(description["config"]), weights)
-    model, _ = _warm(settings_of(description["config"], mixer="ssm", **options), weights)
+    settings = settings_of(description["config"], mixer="ssm", **_ssm(description, variant, **options))
+    model, _ = _warm(settings, weights)
     ours, theirs = (made.single_blocks[-1].mixer for made in (model, attention))
     assert isinstance(theirs, AttentionMixer)
     return theirs, ours.ssm  # type: ignore[return-value, union-attr]
@@ -155,7 +175,7 @@ def _attention_and_mixer(
 def test_mil_with_decay_1_and_step_1_is_linear_attention_of_pyramidflow_s_weights(
     golden: tuple[dict[str, Any], dict[str, Tensor]],
 ) -> None:
-    attention, mixer = _attention_and_mixer(golden, **_ssm("mil"))
+    attention, mixer = _attention_and_mixer(golden, "mil")
     assert isinstance(mixer, MilMixer)
     # All that is not attention's stands still: no decay, a step of 1, no skip.
     mixer.A_log.fill_(-math.inf)
@@ -179,7 +199,7 @@ def test_mil_with_decay_1_and_step_1_is_linear_attention_of_pyramidflow_s_weight
 def test_mamba2_scans_attention_s_values_by_the_mean_of_its_heads_keys(
     golden: tuple[dict[str, Any], dict[str, Tensor]], options: dict[str, Any]
 ) -> None:
-    attention, mixer = _attention_and_mixer(golden, **_ssm("mamba2", **options))
+    attention, mixer = _attention_and_mixer(golden, "mamba2", **options)
     assert isinstance(mixer, SsmMixer)
     settings, qkv = mixer.settings, attention.qkv
     tokens = _tokens(30, qkv.to_v.in_features)
@@ -199,7 +219,7 @@ def test_mamba2_scans_attention_s_values_by_the_mean_of_its_heads_keys(
 
 @torch.no_grad()
 def test_mamba1_scans_attention_s_values(golden: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
-    attention, mixer = _attention_and_mixer(golden, **_ssm("mamba1"))
+    attention, mixer = _attention_and_mixer(golden, "mamba1")
     assert isinstance(mixer, Mamba1Mixer)
     tokens = _tokens(30, attention.qkv.to_v.in_features)
     values = torch.cat([attention.qkv.to_v(tokens)] * mixer.settings.expand, dim=-1)
@@ -225,9 +245,10 @@ def test_what_is_reported_fresh_is_the_seed_s_and_all_else_is_not(
     golden: tuple[dict[str, Any], dict[str, Tensor]], variant: str, mixer: str
 ) -> None:
     description, tensors = golden
-    settings = settings_of(description["config"], mixer=mixer, **_ssm(variant))
+    config, golden_weights = _with_two_unified_blocks(description, tensors)
+    settings = settings_of(config, mixer=mixer, **_ssm(description, variant))
     # So far off that a fresh model has none of them by chance.
-    weights = {name: tensor + 10 for name, tensor in weights_of(tensors).items()}
+    weights = {name: tensor + 10 for name, tensor in golden_weights.items()}
     model, plan = _warm(settings, weights, seed=3)
     fresh = build_model(settings, KERNELS, seed=3).state_dict()
     reports = {report.name: report for report in report_parameters(model, plan)}
@@ -261,9 +282,9 @@ def test_the_table_has_a_line_for_every_kind_of_parameter_and_the_json_one_for_e
     golden: tuple[dict[str, Any], dict[str, Tensor]],
 ) -> None:
     description, tensors = golden
-    weights = weights_of(tensors) | {"vae.encoder.conv.weight": torch.zeros(1)}
-    settings = settings_of(description["config"], mixer="interleaved", num_single_blocks=2, **_ssm("mamba1"))
-    layout = layout_of({name: tensor for name, tensor in weights.items() if _is_of_blocks(name, 2)})
+    config, weights = _with_two_unified_blocks(description, tensors)
+    settings = settings_of(config, mixer="interleaved", **_ssm(description, "mamba1"))
+    layout = layout_of(weights | {"vae.encoder.conv.weight": torch.zeros(1)})
     model = build_on_meta(settings, KERNELS)
     plan = plan_warm_start(model, layout, "made")
     reports = report_parameters(model, plan)
@@ -283,10 +304,6 @@ def test_the_table_has_a_line_for_every_kind_of_parameter_and_the_json_one_for_e
         "single_transformer_blocks.1.attn.to_v.weight"
     ]
     assert stored["counts"] == totals(reports) and stored["other_nets"] == ["vae.encoder.conv.weight"]
-
-
-def _is_of_blocks(name: str, num_single: int) -> bool:
-    return not name.startswith("single_transformer_blocks.") or int(name.split(".")[1]) < num_single
 
 
 # ---- bad checkpoints
@@ -351,7 +368,7 @@ def test_a_checkpoint_that_is_not_this_model_s_is_refused_by_name_before_a_tenso
     harm(weights)
     path = str(tmp_path / "bad.safetensors")
     storage.write_tensors(path, weights)
-    model = build_on_meta(settings_of(description["config"], mixer=mixer, **SIZES), KERNELS)
+    model = build_on_meta(settings_of(description["config"], mixer=mixer, **_ssm(description, "mamba2")), KERNELS)
     with pytest.raises(DataError, match=rf"bad.safetensors: .*{message}"):
         plan_warm_start(model, CheckpointReader([path]).layout, path)
 
