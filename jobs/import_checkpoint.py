@@ -14,6 +14,7 @@ from m4v_dist import storage
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
 from m4v_dist.model.build import build_model, build_on_meta
+from m4v_dist.model.checkpoint_config import check_released_config
 from m4v_dist.model.checkpoint_files import CheckpointReader, find_files
 from m4v_dist.model.start_weights import write_start_weights
 from m4v_dist.model.warm_start import apply_warm_start, plan_warm_start
@@ -29,7 +30,8 @@ def import_checkpoint(config: RunConfig, dry_run: bool) -> str:
     """Plan, report, and write the start weights.
 
     Raises:
-        ConfigError: no source is named, or nothing is there; or the output cannot be written.
+        ConfigError: no source is named, or nothing is there, or its config.json is of another model than the config's;
+            or the output cannot be written.
         DataError: the checkpoint is damaged, or not that of this model with attention in every unified block.
     """
     source, weights = config.warm_start.source, config.start_weights
@@ -40,7 +42,9 @@ def import_checkpoint(config: RunConfig, dry_run: bool) -> str:
         )
     if storage.is_remote(weights):
         raise ConfigError(f"{weights} is not local; give warm_start.weights a local or mounted file.")
-    reader = CheckpointReader(find_files(source, "warm_start.source"))
+    files = find_files(source, "warm_start.source")
+    check_released_config(source, config.model)
+    reader = CheckpointReader(files)
     on_meta = build_on_meta(config.model, config.kernels)
     plan = plan_warm_start(on_meta, reader.layout, source)
     reports = report_parameters(on_meta, plan)

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,18 @@ def test_a_dry_run_reports_every_parameter_and_writes_nothing(
     )
     assert re.search(r"double_blocks.\*.video.ff_in.weight +0 +loaded +[\d,]+ +as it is", report)
     assert _files(tmp_path) == []
+
+
+def test_a_release_whose_config_has_other_rotary_widths_is_refused(source: str, tmp_path: Path) -> None:
+    """Its weights have the same shapes."""
+    other = tmp_path / RELEASE
+    shutil.copytree(source, other)
+    axes = [8, 4, 4]
+    config = _config(str(tmp_path / "run"), "c", str(other))
+    assert sum(config.model.rope_axes) == config.model.head_dim and list(config.model.rope_axes) != axes
+    storage.write_json(str(other / "config.json"), {"axes_dims_rope": axes})
+    with pytest.raises(ConfigError, match=r"config.json: .*axes_dims_rope: \[8, 4, 4\], ours \[.*model.rope_axes"):
+        import_checkpoint(config, True)
 
 
 def test_the_command_writes_every_parameter_and_a_report_that_adds_up(source: str, tmp_path: Path) -> None:
