@@ -50,10 +50,11 @@ def causal_conv1d(
         reach = reach - starts[torch.bucketize(reach, starts[1:], right=True)]
     out = values * taps[:, -1]
     for back in range(1, min(weight.shape[1], l)):
-        shifted = values[:, :-back] * taps[:, -1 - back]
+        shifted = values[:, :-back]
         if cu_seqlens is not None:
-            shifted = shifted * (reach[back:] >= back)[:, None]
-        out = out + torch.nn.functional.pad(shifted, (0, 0, back, 0))
+            # Filled, not multiplied: 0 * NaN is NaN, which would pass the border, here and in backward.
+            shifted = shifted.masked_fill((reach[back:] < back)[:, None], 0)
+        out = out + torch.nn.functional.pad(shifted * taps[:, -1 - back], (0, 0, back, 0))
     if bias is not None:
         out = out + bias.to(dtype)
     return out.to(x.dtype)

@@ -39,3 +39,19 @@ def test_bad_shapes_are_refused() -> None:
         causal_conv1d(torch.randn(1, 5, 3), torch.randn(3, 5), None)
     with pytest.raises(ValueError, match=r"bias must have shape \(3,\)"):
         causal_conv1d(torch.randn(1, 5, 3), torch.randn(3, 4), torch.randn(2))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_their_segment_forward_and_backward(bad: float) -> None:
+    cu_seqlens = torch.tensor([0, 4, 9, 12], dtype=torch.int32)
+    weight = torch.randn(3, 4)
+    clean = torch.randn(1, 12, 3)
+    dirty = clean.clone()
+    dirty[:, 4:9] = bad
+    outside = [*range(4), *range(9, 12)]
+    expected, actual = (causal_conv1d(x, weight, None, cu_seqlens=cu_seqlens) for x in (clean, dirty))
+    assert torch.equal(actual[:, outside], expected[:, outside])
+    assert not actual[:, 4:9].isfinite().any()
+    x = clean.requires_grad_()
+    (grad,) = torch.autograd.grad(causal_conv1d(x, weight, None, cu_seqlens=cu_seqlens), x, dirty)
+    assert grad[:, outside].isfinite().all() and not grad[:, 4:9].isfinite().any()

@@ -197,3 +197,48 @@ def test_a_backend_without_this_scan_says_so_and_names_the_way_out(backend: Back
         require_selective_backend(backend)
     with pytest.raises(BackendUnavailable, match=f'kernels.backend="{backend}".*reference_chunked'):
         _run(_random_inputs(10), backend)
+
+
+_SEGMENTS = torch.tensor([0, 5, 19, 30], dtype=torch.int32)
+_OUTSIDE = [*range(5), *range(19, 30)]
+
+
+@pytest.mark.parametrize("backend", BUILT)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["u", "dt", "B", "C", "initial_state"])
+def test_nan_and_inf_of_one_segment_reach_no_other(name: str, bad: float, backend: Backend) -> None:
+    inputs = _random_inputs(30, states=3)
+    dirty = {key: value.clone() for key, value in inputs.items()}
+    if name == "initial_state":
+        dirty[name][1] = bad
+    else:
+        dirty[name][:, 9:11] = bad
+    expected = _run(inputs, backend, chunk_size=8, cu_seqlens=_SEGMENTS)
+    leaves = {key: value.requires_grad_() for key, value in dirty.items()}
+    y, state = _run(leaves, backend, chunk_size=8, cu_seqlens=_SEGMENTS)
+    torch.testing.assert_close(y[:, _OUTSIDE], expected[0][:, _OUTSIDE], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state[[0, 2]], expected[1][[0, 2]], rtol=1e-4, atol=1e-5)
+    assert not y[:, 5:19].isfinite().all()
+    (y[:, _OUTSIDE].square().sum() + state[[0, 2]].square().sum()).backward()
+    for key in ("u", "dt", "B", "C"):
+        grad = leaves[key].grad
+        assert grad is not None and grad[:, _OUTSIDE].isfinite().all() and grad[:, _OUTSIDE].any()
+
+
+@pytest.mark.parametrize("backend", BUILT)
+@pytest.mark.parametrize("part", ["y", "final_state"])
+def test_a_gradient_that_is_nan_reaches_no_other_segment(part: str, backend: Backend) -> None:
+    leaves = {key: value.requires_grad_() for key, value in _random_inputs(30, states=3).items()}
+    sequences = [leaves[key] for key in ("u", "dt", "B", "C")]
+    y, state = _run(leaves, backend, chunk_size=8, cu_seqlens=_SEGMENTS)
+    grad_y, grad_state = torch.randn_like(y), torch.randn_like(state)
+    grad_y[:, 5:19], grad_state[1] = 0, 0
+    expected = torch.autograd.grad((y, state), sequences, (grad_y, grad_state), retain_graph=True)
+    if part == "y":
+        grad_y[:, 12] = float("nan")
+    else:
+        grad_state[1] = float("nan")
+    actual = torch.autograd.grad((y, state), sequences, (grad_y, grad_state), retain_graph=True)
+    for before, after in zip(expected, actual, strict=True):
+        assert torch.equal(after[:, _OUTSIDE], before[:, _OUTSIDE])
+    assert not actual[0][:, 5:13].isfinite().any()
