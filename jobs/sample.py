@@ -18,7 +18,7 @@ from m4v_dist import storage
 from m4v_dist.batch import TextFeatures, derive_seed
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
-from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint
+from m4v_dist.frozen.text_encoder import TextEncoder, build_text_encoder, text_encoder_fingerprint
 from m4v_dist.frozen.video_file import MediaError, centre_crop, decode_image, resize_cover, write_mp4
 from m4v_dist.frozen.video_vae import Codec, build_codec, frames_from_uint8, frames_to_uint8
 from m4v_dist.model.build import build_model
@@ -38,8 +38,8 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     """Sample one video a prompt.
 
     Raises:
-        ConfigError: no prompts, no first frame or GPU where one is asked for, or settings that the checkpoint was not
-            trained with.
+        ConfigError: no prompts, or one longer than the text encoder reads; no first frame or GPU where one is asked
+            for; or settings that the checkpoint was not trained with.
         DataError: no committed checkpoint, or a damaged one; a first frame that is no picture.
     """
     prompts = config.sampling.prompts
@@ -61,8 +61,10 @@ def sample(config: RunConfig, dry_run: bool) -> str:
         )
     # As in training: on a busy machine more threads than free cores wait for one another.
     torch.set_num_threads(config.trainer.num_threads)
+    text_encoder = build_text_encoder(config.text_encoder, str(device))
+    _require_short_prompts(config, text_encoder)
     model = _load_model(config, path).to(device)
-    *texts, null_text = build_text_encoder(config.text_encoder, str(device)).encode([*prompts, ""])
+    *texts, null_text = text_encoder.encode([*prompts, ""])
     first_latents = None if first_frame is None else codec.normalization.normalize(codec.encode(first_frame))
     folder = storage.join(config.run.folder, "samples")
     _remove_earlier(folder)
@@ -85,6 +87,22 @@ def sample(config: RunConfig, dry_run: bool) -> str:
         )
     storage.write_json(storage.join(folder, "samples.json"), entries)
     return f"{len(entries)} videos from {entries[0]['checkpoint']} in {folder}"
+
+
+def _require_short_prompts(config: RunConfig, text_encoder: TextEncoder) -> None:
+    """Refuse prompts that the encoder would cut: their videos would be of another text than samples.json says.
+
+    Raises:
+        ConfigError: with each prompt that is too long, its tokens and the limit.
+    """
+    limit = config.text_encoder.max_tokens
+    counts = [(prompt, text_encoder.count_tokens(prompt)) for prompt in config.sampling.prompts]
+    too_long = [f"{prompt!r} has {count}" for prompt, count in counts if count > limit]
+    if too_long:
+        raise ConfigError(
+            f"sampling.prompts: at most {limit} tokens (text_encoder.max_tokens, markers counted) are read, but "
+            f"{'; '.join(too_long)}. Shorten them; the limit is the one that the model was trained with."
+        )
 
 
 def read_first_frame(config: RunConfig) -> Tensor | None:

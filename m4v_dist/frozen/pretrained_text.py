@@ -70,10 +70,20 @@ def tokenize(tokenizer: Any, caption: str, max_tokens: int) -> tuple[list[int], 
 
     The closing marker stays when a caption is cut, as with transformers' own truncation.
     """
-    ids: list[int] = tokenizer(caption, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+    ids = _ids(tokenizer, caption)
     if len(ids) <= max_tokens:
         return ids, False
     return [*ids[: max_tokens - 1], ids[-1]], True
+
+
+def num_tokens(tokenizer: Any, caption: str) -> int:
+    """Tokens of one whole caption with its markers."""
+    return len(_ids(tokenizer, caption))
+
+
+def _ids(tokenizer: Any, caption: str) -> list[int]:
+    ids: list[int] = tokenizer(caption, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _load_tokenizer(tokenizer_class: Any, folder: str) -> Any:

