@@ -81,16 +81,21 @@ def test_tokens_of_another_layout_are_refused() -> None:
         recompose(text, video[1:], registers, plan)
 
 
+def _mixer(ssm: dict[str, Any], width: int) -> torch.nn.Module:
+    settings = ModelSettings(
+        hidden_size=width, num_heads=2, rope_axes=(0, 2, 2), temporal_width=8, ssm={"chunk_size": 16, **ssm}
+    )
+    mixer = build_ssm_mixer(width, settings.ssm, KernelSettings())
+    initialize_weights(mixer, seed=3)
+    return mixer
+
+
 @pytest.mark.parametrize("path", [0, 6])
 @pytest.mark.parametrize("ssm", [{"head_dim": 4, "state_dim": 4}, {"variant": "mil"}, {"variant": "mamba1"}], ids=str)
 def test_the_padded_form_of_the_paper_gives_the_same_outputs(ssm: dict[str, Any], path: int) -> None:
     """Pads before the first text copy never touch the state of the text, although biases, convolution and D do them."""
     width, padded_length = 8, 12
-    settings = ModelSettings(
-        hidden_size=width, num_heads=2, rope_axes=(2, 1, 1), temporal_width=8, ssm={"chunk_size": 16, **ssm}
-    )
-    mixer = build_ssm_mixer(width, settings.ssm, KernelSettings())
-    initialize_weights(mixer, seed=3)
+    mixer = _mixer(ssm, width)
     for name, parameter in mixer.named_parameters():
         if name.endswith("bias") and name != "dt_bias":
             torch.nn.init.normal_(parameter)
@@ -121,3 +126,34 @@ def test_the_padded_form_of_the_paper_gives_the_same_outputs(ssm: dict[str, Any]
             videos.append(out)
     torch.testing.assert_close(packed_text, torch.cat(texts), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(packed_video, torch.cat(videos), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ssm", [{"head_dim": 4, "state_dim": 4}, {"variant": "mil"}, {"variant": "mamba1"}], ids=str)
+def test_what_modulation_makes_of_the_pads_moves_nothing_and_zeroing_them_after_it_is_the_same(
+    ssm: dict[str, Any],
+) -> None:
+    """The trap of the padded form: adaLN's shift makes pads non-zero, and junk in front of the text would feed it."""
+    width, padded_length, num_text = 8, 12, 5
+    mixer, text, frame = _mixer(ssm, width), torch.randn(num_text, width), torch.randn(6, width)
+    shift, scale = torch.randn(width), torch.randn(width)
+    tokens, cu_seqlens = recompose_padded(
+        text, [(frame, 2, 3)], [torch.randn(width)], path=0, padded_length=padded_length
+    )
+    is_pad = torch.zeros(len(tokens), dtype=torch.bool)
+    is_pad[: padded_length - num_text] = is_pad[len(tokens) - padded_length + num_text :] = True
+    shifted = torch.nn.functional.layer_norm(tokens, (width,)) * (1 + scale) + shift
+    assert shifted[is_pad].any()
+    junk = torch.where(is_pad[:, None], 100 * torch.randn_like(shifted), shifted)
+    zeroed = shifted.masked_fill(is_pad[:, None], 0)
+    packed = shifted[~is_pad]
+    of_shifted, of_junk, of_zeroed = (
+        mixer(sequence[None], cu_seqlens=cu_seqlens)[0][~is_pad] for sequence in (shifted, junk, zeroed)
+    )
+    assert torch.equal(of_junk, of_shifted) and torch.equal(of_zeroed, of_shifted)
+    alone = mixer(packed[None], cu_seqlens=torch.tensor([0, len(packed)], dtype=torch.int32))[0]
+    torch.testing.assert_close(alone, of_shifted, rtol=1e-5, atol=1e-6)
+    # Without the border at the first text token the pads do move it: what the border is for.
+    no_border = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    assert not torch.equal(
+        mixer(junk[None], cu_seqlens=no_border)[0][~is_pad], mixer(zeroed[None], cu_seqlens=no_border)[0][~is_pad]
+    )
