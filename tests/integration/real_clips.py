@@ -1,4 +1,4 @@
-"""Two real clips that ship in a package, small: their latents and captions, and batches drawn from them."""
+"""Real clips that ship in a package, two unless told, small: latents and captions, and batches drawn from them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +24,21 @@ NUM_SLOTS = 8
 class RealClips:
     """Latents (c t h w, un-normalised) and text of each clip, the empty prompt, and the codec of the latents."""
 
+    stems: tuple[str, ...]
     latents: tuple[Tensor, ...]
     texts: tuple[TextFeatures, ...]
     null_text: TextFeatures
     codec: Codec
 
     def batch(self, step: int) -> LatentBatch:
-        """The slots of a step: both clips, all pyramid stages 1:2:1, units and draws from the step's seed."""
+        """The slots of a step: all clips in turn, all pyramid stages 1:2:1, units and draws from the step's seed."""
         slots = []
         for index in range(NUM_SLOTS):
-            clip = index % len(STEMS)
+            clip = index % len(self.stems)
             unit = 1 + derive_seed("unit", step, index) % NUM_LATENTS
-            stage = (0, 1, 1, 2)[index // len(STEMS) % 4]
-            slots.append(Slot(step, index, "clips", clip, STEMS[clip], unit, stage, derive_seed(step, index), 1, 1))
+            stage = (0, 1, 1, 2)[index // len(self.stems) % 4]
+            seed = derive_seed(step, index)
+            slots.append(Slot(step, index, "clips", clip, self.stems[clip], unit, stage, seed, 1, 1))
         return LatentBatch(
             slots=tuple(slots),
             latents=tuple(self.latents[slot.record][:, : slot.unit] for slot in slots),
@@ -47,13 +49,14 @@ class RealClips:
         )
 
 
-def read_real_clips() -> RealClips:
-    """Encode the clips and their captions."""
+def read_real_clips(stems: tuple[str, ...] = STEMS) -> RealClips:
+    """Encode clips of the demo's list and their captions."""
     clips = {clip.stem: clip for clip in read_clip_list(str(CLIPS))}
     codec, encoder = build_codec(CodecSettings()), build_text_encoder(TextEncoderSettings())
     return RealClips(
-        latents=tuple(codec.encode(_frames(clips[stem])) for stem in STEMS),
-        texts=tuple(encoder.encode([clips[stem].caption for stem in STEMS])),
+        stems=stems,
+        latents=tuple(codec.encode(_frames(clips[stem])) for stem in stems),
+        texts=tuple(encoder.encode([clips[stem].caption for stem in stems])),
         null_text=encoder.encode([""])[0],
         codec=codec,
     )

@@ -4,6 +4,9 @@ A tiny PyramidFlow-shaped model with attention learns two clips, and is written 
 model imported from that file and one of random weights then take the same few steps. There are no double blocks:
 without them all that text and history tell a frame goes through the mixers that are exchanged.
 
+It is faster on the clips that the source learnt, with draws that none is trained on. A source of two clips has nothing
+to hand on to others: on two held-out clips, whose losses the figures hold too, no gain is seen, and none is claimed.
+
 What wins is all that is loaded and mapped together. The figures hold a third start, of loaded weights and fresh mixers,
 which at this size does as well: nothing is claimed for the mapping of the mixers alone.
 """
@@ -30,6 +33,8 @@ NUM_PRETRAINING_STEPS = 60
 NUM_STEPS = 12
 EVALUATED = range(10_000, 10_004)
 """Steps of the data whose draws no model is trained on."""
+UNSEEN = ("video_ltx2_3_id_lora-1", "api_wan2_7_t2v-1")
+"""Held-out clips of the demo's list: neither the models nor the codec's basis were fitted to them."""
 KERNELS = KernelSettings()
 
 
@@ -39,30 +44,30 @@ def _settings(**options: Any) -> ModelSettings:
 
 @pytest.mark.slow
 def test_a_warm_started_model_beats_a_random_one_after_the_same_few_steps(tmp_path: Path) -> None:
-    clips = read_real_clips()
+    clips, unseen = read_real_clips(), read_real_clips(UNSEEN)
     source = build_model(_settings(mixer="attention"), KERNELS, seed=0)
     _train(source, clips, NUM_PRETRAINING_STEPS, learning_rate=2e-3)
     upstream = {to_pyramidflow_name(name): tensor for name, tensor in source.state_dict().items()}
     storage.write_tensors(str(tmp_path / "diffusion_pytorch_model.safetensors"), upstream)
-    figures: dict[str, Any] = {"attention": round(_loss(source, clips), 4)}
-    for variant in ("mil", "mamba1"):
+    figures: dict[str, Any] = {"attention": [_loss(source, clips), _loss(source, unseen)]}
+    for variant in ("mamba2", "mil", "mamba1"):
         after = {}
         for start in ("random", "warm", "warm without mixers"):
             model = build_model(_settings(ssm={"variant": variant}), KERNELS, seed=1)
             if start != "random":
                 _fill(model, str(tmp_path), has_mixers=start == "warm")
-            before = _loss(model, clips)
+            before = _loss(model, clips), _loss(model, unseen)
             _train(model, clips, NUM_STEPS, learning_rate=1e-3)
             after[start] = _loss(model, clips)
-            figures[f"{variant}, {start}"] = [round(before, 4), round(after[start], 4)]
+            figures[f"{variant}, {start}"] = [*before, after[start], _loss(model, unseen)]
         assert after["warm"] < 0.7 * after["random"], figures
-    print(f"\nloss before and after {NUM_STEPS} steps: {json.dumps(figures)}")
+    print(f"\nloss on learnt and unseen clips before {NUM_STEPS} steps, then after: {json.dumps(figures)}")
 
 
 @torch.no_grad()
 def _loss(model: nn.Module, clips: RealClips) -> float:
     objective = _objective(clips)
-    return sum(float(objective(model, clips.batch(step)).loss) for step in EVALUATED) / len(EVALUATED)
+    return round(sum(float(objective(model, clips.batch(step)).loss) for step in EVALUATED) / len(EVALUATED), 4)
 
 
 def _objective(clips: RealClips) -> PyramidFlowMatching:
