@@ -136,7 +136,6 @@ def _check_column(number: int, column: Column) -> None:
             f"ModelInput: column {number} has {len(column.clips)} clips and {len(column.levels)} levels; "
             "give one level for each clip, and at least the noisy one."
         )
-    channels = {clip.shape[0] for clip in column.clips}
-    if any(clip.ndim != 4 for clip in column.clips) or len(channels) != 1:
-        shapes: Sequence[tuple[int, ...]] = [tuple(clip.shape) for clip in column.clips]
+    shapes: Sequence[tuple[int, ...]] = [tuple(clip.shape) for clip in column.clips]
+    if any(len(shape) != 4 for shape in shapes) or len({shape[0] for shape in shapes}) != 1:
         raise ValueError(f"ModelInput: column {number} needs clips c t h w of equal c, but has {shapes}.")

@@ -16,8 +16,6 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from m4v_dist.kernels.isolate import isolate_segments
-
 Backend = Literal["reference", "reference_chunked", "triton", "mamba_ssm"]
 
 
@@ -103,20 +101,10 @@ def ssd_scan(
             initial_state=initial_state,
         )  # fmt: skip
     if backend == "reference_chunked":
-
-        def scan(
-            sequences: tuple[Tensor | None, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            x, dt, B, C, z = sequences
-            assert x is not None and dt is not None and B is not None and C is not None
-            return ssd_scan_chunked(
-                x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
-                initial_state=initial_state, chunk_size=chunk_size,
-            )  # fmt: skip
-
-        if cu_seqlens is None:
-            return scan((x, dt, B, C, z), initial_state, None)
-        return isolate_segments(scan, (x, dt, B, C, z), initial_state, cu_seqlens)
+        return ssd_scan_chunked(
+            x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
+            initial_state=initial_state, chunk_size=chunk_size,
+        )  # fmt: skip
     raise BackendUnavailable(f'kernels.backend="{backend}" has a file but no entry in ssd_scan; add it there.')
 
 

@@ -15,7 +15,6 @@ Legend: `b` batch, `l` tokens, `d` channels, `n` state size, `s` segments.
 
 from torch import Tensor
 
-from m4v_dist.kernels.isolate import isolate_segments
 from m4v_dist.kernels.scan import Backend, BackendUnavailable, check_cu_seqlens, require_backend
 
 
@@ -82,20 +81,10 @@ def selective_scan(
             u, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
             initial_state=initial_state,
         )  # fmt: skip
-
-    def scan(
-        sequences: tuple[Tensor | None, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        u, dt, B, C, z = sequences
-        assert u is not None and dt is not None and B is not None and C is not None
-        return selective_scan_chunked(
-            u, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
-            initial_state=initial_state, chunk_size=chunk_size,
-        )  # fmt: skip
-
-    if cu_seqlens is None:
-        return scan((u, dt, B, C, z), initial_state, None)
-    return isolate_segments(scan, (u, dt, B, C, z), initial_state, cu_seqlens)
+    return selective_scan_chunked(
+        u, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
+        initial_state=initial_state, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 def _check(

@@ -18,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from m4v_dist.batch import Column, ModelInput
 from m4v_dist.blocks.embed import ConditioningEmbedding, patchify, rope_table, unpatchify
 from m4v_dist.blocks.layout import ColumnShape, FrameShape, packed_layout
-from m4v_dist.blocks.mm_dim import UnifiedBlock
+from m4v_dist.blocks.mm_dim import NUM_REGISTERS, UnifiedBlock
 from m4v_dist.blocks.mm_dit import DoubleBlock
 from m4v_dist.blocks.modulation import Modulation, modulate
 from m4v_dist.config.schema import KernelSettings, ModelSettings
+
+MAX_TIMESTEP = 1000
 
 
 class PyramidModel(nn.Module):
@@ -62,11 +64,12 @@ class PyramidModel(nn.Module):
             One tensor per column, c t h w as its last clip, float32.
 
         Raises:
-            ValueError: widths or grids that do not fit the model.
+            ValueError: widths, grids, levels or a timestep that do not fit the model, with the column's number.
         """
         columns, device = model_input.columns, self.video_in.weight.device
         patch = self.settings.patch_size
-        layout = packed_layout(tuple(column_shape(column, self.settings) for column in columns), device)
+        shapes = tuple(column_shape(column, self.settings, number) for number, column in enumerate(columns))
+        layout = packed_layout(shapes, device)
         conditioning = self._condition(columns, device)
         text = self.text_in(torch.cat([column.text.tokens.to(device, torch.float32) for column in columns])).float()
         patches = [patchify(clip.to(device, torch.float32), patch) for column in columns for clip in column.clips]
@@ -99,22 +102,93 @@ class PyramidModel(nn.Module):
         return block(*args)
 
 
-def column_shape(column: Column, settings: ModelSettings) -> ColumnShape:
+def column_shape(column: Column, settings: ModelSettings, number: int = 0) -> ColumnShape:
     """Shapes of a column in tokens; time runs over all latents, history first.
 
+    Args:
+        column: its tensors may be on any device; only shapes, and a timestep on the CPU, are read.
+        settings: of the model.
+        number: of the column, for messages.
+
     Raises:
-        ValueError: text or clips of the wrong number of axes.
+        ValueError: the column does not fit the model, or itself.
     """
-    tokens = column.text.tokens
-    if tokens.ndim != 2 or column.text.pooled.ndim != 1:
-        raise ValueError(
-            f"model: text must be tokens n d and pooled p, but has shapes {tuple(tokens.shape)} and "
-            f"{tuple(column.text.pooled.shape)}."
-        )
+    where = f"model: column {number}"
+    _check_text(column, settings, where)
+    _check_timestep(column.timestep, where)
+    _check_clips(column, settings, where)
     patch_size = settings.patch_size
     frames: list[FrameShape] = []
     for clip, level in zip(column.clips, column.levels, strict=True):
         height, width = clip.shape[2] // patch_size, clip.shape[3] // patch_size
         for _ in range(clip.shape[1]):
             frames.append(FrameShape(height, width, level, len(frames)))
-    return ColumnShape(tokens.shape[0], tuple(frames), column.clips[-1].shape[1], settings.has_temporal_mask)
+    return ColumnShape(
+        column.text.tokens.shape[0], tuple(frames), column.clips[-1].shape[1], settings.has_temporal_mask
+    )
+
+
+def _check_text(column: Column, settings: ModelSettings, where: str) -> None:
+    tokens, pooled = column.text.tokens, column.text.pooled
+    if tokens.ndim != 2 or pooled.ndim != 1:
+        raise ValueError(
+            f"{where}: text must be tokens n d and pooled p, but has shapes {tuple(tokens.shape)} and "
+            f"{tuple(pooled.shape)}."
+        )
+    for name, key, width, wanted in (
+        ("tokens", "text_width", tokens.shape[1], settings.text_width),
+        ("pooled text", "pooled_width", pooled.shape[0], settings.pooled_width),
+    ):
+        if width != wanted:
+            raise ValueError(
+                f"{where}: the {name} has width {width}, but model.{key}={wanted}; set model.{key}={width}, or take "
+                "the text encoder that the model is made for."
+            )
+
+
+def _check_timestep(timestep: Tensor, where: str) -> None:
+    if timestep.numel() != 1:
+        raise ValueError(
+            f"{where}: the timestep has shape {tuple(timestep.shape)}; give one number, the same for the whole column."
+        )
+    # On a GPU the value stays unread: to read it would make the host wait for the device.
+    # A table of float32 may pass 1000 by its rounding.
+    if timestep.device.type == "cpu" and not 0 <= (value := float(timestep)) <= MAX_TIMESTEP + 1e-2:
+        raise ValueError(
+            f"{where}: the timestep is {value:g}; give one in 0..{MAX_TIMESTEP}, where {MAX_TIMESTEP} is pure noise."
+        )
+
+
+def _check_clips(column: Column, settings: ModelSettings, where: str) -> None:
+    noisy, noisy_level, patch = column.clips[-1], column.levels[-1], settings.patch_size
+    for number, (clip, level) in enumerate(zip(column.clips, column.levels, strict=True)):
+        channels, num_frames, height, width = clip.shape
+        if channels != settings.latent_channels:
+            raise ValueError(
+                f"{where}: clip {number} has {channels} channels, but model.latent_channels="
+                f"{settings.latent_channels}; set model.latent_channels={channels}, or take the codec that the model "
+                "is made for."
+            )
+        if not num_frames or not height or not width or height % patch or width % patch:
+            raise ValueError(
+                f"{where}: clip {number} has {num_frames} frames of {height} x {width} latents; give at least one, and "
+                f"sides that are multiples of model.patch_size={patch}."
+            )
+        if not 0 <= level < NUM_REGISTERS:
+            raise ValueError(
+                f"{where}: clip {number} has level {level}; levels are 0..{NUM_REGISTERS - 1}, 0 the coarsest."
+            )
+    # After each clip for itself: a bad one would be called its neighbour's fault.
+    for number, (clip, level) in enumerate(zip(column.clips, column.levels, strict=True)):
+        height, width = clip.shape[2:]
+    # Only now: a grid is compared with a noisy one that is good in itself.
+    for number, (clip, level) in enumerate(zip(column.clips, column.levels, strict=True)):
+        height, width = clip.shape[2:]
+        # Both grids on the finer one's scale: exact, without a division that might not be even.
+        finer, coarser = max(0, noisy_level - level), max(0, level - noisy_level)
+        if (height << finer, width << finer) != (noisy.shape[2] << coarser, noisy.shape[3] << coarser):
+            raise ValueError(
+                f"{where}: clip {number} has a grid of {height} x {width} at level {level}, but the noisy clip "
+                f"{noisy.shape[2]} x {noisy.shape[3]} at level {noisy_level}; a level halves both sides of the one "
+                "above it, so mend the levels or resize the clip."
+            )

@@ -92,38 +92,3 @@ def test_a_frame_moves_itself_and_later_ones_and_the_text_only_by_its_second_cop
             assert moved[first : span.video[1]].all()
             # Attention lets text read frame 0 only, so of the mixers it is the scan that moves text.
             assert _moved(before[0], after[0]).sum() == (5 if has_sandwich and kind != "attention" else 0)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("kind", "variant"), CASES)
-def test_nan_and_inf_of_one_column_reach_no_other_forward_or_backward(kind: str, variant: str, bad: float) -> None:
-    layout, mixer = mixed_layout(), _mixer(kind, variant)
-    text, video = _tokens(layout)
-    before = mixer(text, video, layout)
-    span = layout.spans[1]
-    text[slice(*span.text)], video[slice(*span.video)] = bad, bad
-    after = mixer(text.requires_grad_(), video.requires_grad_(), layout)
-    spans, others = (span.text, span.video), []
-    for part, mine in enumerate(spans):
-        is_other = torch.ones(len(after[part]), dtype=torch.bool)
-        is_other[slice(*mine)] = False
-        # Segments are scanned one by one then, so the sums are in another order.
-        torch.testing.assert_close(after[part][is_other], before[part][is_other], rtol=1e-4, atol=1e-5)
-        assert not after[part][~is_other].isfinite().any()
-        others.append(is_other)
-    sum(part[is_other].square().sum() for part, is_other in zip(after, others, strict=True)).backward()
-    for tokens, is_other in zip((text, video), others, strict=True):
-        assert tokens.grad is not None and tokens.grad[is_other].isfinite().all()
-
-
-@pytest.mark.parametrize(("kind", "variant"), CASES)
-def test_a_gradient_that_is_nan_in_one_column_reaches_no_other(kind: str, variant: str) -> None:
-    layout, mixer = mixed_layout(), _mixer(kind, variant)
-    tokens = [part.requires_grad_() for part in _tokens(layout)]
-    grads = [torch.ones_like(part) for part in tokens]
-    span = layout.spans[1]
-    grads[0][slice(*span.text)], grads[1][slice(*span.video)] = float("nan"), float("nan")
-    results = torch.autograd.grad(mixer(*tokens, layout), tokens, grads)
-    for grad, mine in zip(results, (span.text, span.video), strict=True):
-        is_finite = grad.isfinite().all(dim=-1)
-        assert not is_finite[slice(*mine)].any() and (~is_finite).sum() == mine[1] - mine[0]
