@@ -178,9 +178,6 @@ def _check_clips(column: Column, settings: ModelSettings, where: str) -> None:
             raise ValueError(
                 f"{where}: clip {number} has level {level}; levels are 0..{NUM_REGISTERS - 1}, 0 the coarsest."
             )
-    # After each clip for itself: a bad one would be called its neighbour's fault.
-    for number, (clip, level) in enumerate(zip(column.clips, column.levels, strict=True)):
-        height, width = clip.shape[2:]
     # Only now: a grid is compared with a noisy one that is good in itself.
     for number, (clip, level) in enumerate(zip(column.clips, column.levels, strict=True)):
         height, width = clip.shape[2:]
