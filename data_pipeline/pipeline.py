@@ -36,7 +36,7 @@ from data_pipeline.precompute_report import write_report
 from data_pipeline.shard_actor import ATTEMPTS, ShardActor
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
-from m4v_dist.config.schema import PrecomputeSettings
+from m4v_dist.config.data_settings import PrecomputeSettings
 from m4v_dist.errors import ConfigError, DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError
 from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint
 

@@ -17,7 +17,7 @@ from data_pipeline.latent_cache import FORMAT_VERSION, index_path, read_manifest
 from data_pipeline.manifest import list_shards, read_index
 from data_pipeline.pack import count_records
 from m4v_dist import storage
-from m4v_dist.config.schema import CodecSettings, PrecomputeSettings, SourceSettings, TextEncoderSettings
+from m4v_dist.config.data_settings import CodecSettings, PrecomputeSettings, SourceSettings, TextEncoderSettings
 from m4v_dist.errors import DataError
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec

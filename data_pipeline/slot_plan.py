@@ -12,7 +12,8 @@ from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import IndexRow
 from data_pipeline.mixture import Cursor, Mixture, Pick, Walk
 from m4v_dist.batch import Slot, derive_seed
-from m4v_dist.config.schema import BucketSettings, CurriculumStageSettings, ObjectiveSettings, SourceSettings
+from m4v_dist.config.data_settings import BucketSettings, SourceSettings
+from m4v_dist.config.training_settings import CurriculumStageSettings, ObjectiveSettings
 from m4v_dist.errors import ConfigError, DataError
 
 ChooseUnit = Callable[[int, int, int, int, int, int], int]

@@ -14,7 +14,8 @@ from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import list_shards
 from jobs import cli
 from m4v_dist import storage
-from m4v_dist.config.schema import RunConfig, SourceSettings
+from m4v_dist.config.data_settings import SourceSettings
+from m4v_dist.config.schema import RunConfig
 from m4v_dist.frozen.video_file import write_mp4
 from m4v_dist.frozen.video_vae import Codec, build_codec
 

@@ -34,7 +34,10 @@ DOORS: dict[str, set[str]] = {
     "s3fs": {"m4v_dist/storage.py"},
     "botocore": {"m4v_dist/storage.py"},
     "safetensors": {"m4v_dist/storage.py"},
-    "pydantic": {"m4v_dist/config/schema.py", "m4v_dist/config/load.py"},
+    "pydantic": {
+        f"m4v_dist/config/{file}.py"
+        for file in ("settings", "model_settings", "data_settings", "training_settings", "schema", "load")
+    },
     "triton": {"m4v_dist/kernels/scan_triton.py"},
     "mamba_ssm": {"m4v_dist/kernels/scan_mamba_ssm.py"},
     "deepspeed": {"m4v_dist/trainer/deepspeed_engine.py"},

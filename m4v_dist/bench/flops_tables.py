@@ -5,8 +5,11 @@ from typing import Any
 
 from m4v_dist.bench.markdown import amount, table
 from m4v_dist.blocks.layout import ColumnShape, FrameShape
+from m4v_dist.config.data_settings import BucketSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.config.presets import ABLATIONS, MODEL_PRESETS
-from m4v_dist.config.schema import BucketSettings, CurriculumStageSettings, KernelSettings, ModelSettings, RunConfig
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.config.training_settings import CurriculumStageSettings
 from m4v_dist.model.build import build_on_meta
 from m4v_dist.model.flops import (
     MIXER_PARTS,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m4v_dist.config.schema import KernelSettings, SsmSettings
+from m4v_dist.config.model_settings import KernelSettings, SsmSettings
 from m4v_dist.kernels.conv1d import causal_conv1d
 from m4v_dist.kernels.selective_scan import selective_scan
 

@@ -21,7 +21,7 @@ from m4v_dist.blocks.modulation import Modulation, gated, modulate
 from m4v_dist.blocks.recompose import invert, recompose, recomposition_plan
 from m4v_dist.blocks.ssm_mixer import build_ssm_mixer
 from m4v_dist.blocks.temporal_branch import TemporalBranch
-from m4v_dist.config.schema import BlockMixer, KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import BlockMixer, KernelSettings, ModelSettings
 
 NUM_REGISTERS = 3
 """One register per pyramid level: quarter, half, full."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from m4v_dist.blocks.attention import QueryKeyValue, Rotary, joint_attention
 from m4v_dist.blocks.layout import PackedLayout
 from m4v_dist.blocks.modulation import Modulation, gated, modulate
-from m4v_dist.config.schema import ModelSettings
+from m4v_dist.config.model_settings import ModelSettings
 
 
 class _Stream(nn.Module):

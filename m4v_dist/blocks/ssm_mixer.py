@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from m4v_dist.blocks.attention import HeadNorm
 from m4v_dist.blocks.mamba1_mixer import Mamba1Mixer
-from m4v_dist.config.schema import KernelSettings, SsmSettings
+from m4v_dist.config.model_settings import KernelSettings, SsmSettings
 from m4v_dist.kernels.conv1d import causal_conv1d
 from m4v_dist.kernels.scan import ssd_scan
 

@@ -7,7 +7,8 @@ import difflib
 from collections.abc import Container, Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from m4v_dist.config.schema import RunConfig, Settings
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.config.settings import Settings
 
 Location = tuple[int | str, ...]
 """Keys and list positions, from the top of the file."""

@@ -1,7 +1,7 @@
 """What one word in a config stands for: the model's presets, the paper's ablation rows, the sizes of an SSM variant.
 
-Plain tables and one pure function, `fill_model`; bounds and checks stand in `schema.py`. Keys in the file win over a
-preset. A key in the file that contradicts the named ablation row is refused, so that a row is what its name says.
+Plain tables and one pure function, `fill_model`; bounds and checks stand in `model_settings.py`. Keys in the file win
+over a preset. A key in the file that contradicts the named ablation row is refused: a row is what its name says.
 
 Source: M4V paper, tables of architectures and of components, and its appendix (hybrids); Mamba-2 (Dao & Gu 2024) and
 Mamba (Gu & Dao 2023) for the sizes.

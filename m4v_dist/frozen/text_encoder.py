@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from m4v_dist.batch import TextFeatures
-from m4v_dist.config.schema import TextEncoderSettings
+from m4v_dist.config.data_settings import TextEncoderSettings
 from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.pretrained_text import check_captions, load_bert, num_tokens, tokenize
 from m4v_dist.frozen.t5_clip_encoder import T5ClipEncoder, t5_clip_fingerprint

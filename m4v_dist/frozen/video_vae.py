@@ -10,7 +10,7 @@ from typing import Protocol, assert_never
 
 from torch import Tensor
 
-from m4v_dist.config.schema import CodecSettings
+from m4v_dist.config.data_settings import CodecSettings
 from m4v_dist.frozen.latent_normalization import LatentNormalization
 from m4v_dist.frozen.pca_codec import EMBEDDED_WEIGHTS, PcaCodec
 from m4v_dist.frozen.pyramid_codec import PyramidCodec

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from m4v_dist.config.schema import LaunchSettings
+from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from m4v_dist.config.schema import LaunchSettings
+from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import PreemptedError, RetriesExhaustedError
 from m4v_dist.launch.ray_session import describe_resources
 from m4v_dist.launch.verdict import MAX_FRUITLESS_RESTARTS, Failure, Verdict, as_job_error, no_progress

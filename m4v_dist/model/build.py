@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from m4v_dist.batch import derive_seed
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.errors import ConfigError
 from m4v_dist.kernels.scan import BackendUnavailable, require_backend
 from m4v_dist.kernels.selective_scan import require_selective_backend

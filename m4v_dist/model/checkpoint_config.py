@@ -10,7 +10,7 @@ import logging
 from typing import Any
 
 from m4v_dist import storage
-from m4v_dist.config.schema import ModelSettings
+from m4v_dist.config.model_settings import ModelSettings
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.weights_file import PICKLES, SAFETENSORS
 

@@ -19,7 +19,7 @@ from typing import assert_never
 
 from m4v_dist.blocks.embed import TIMESTEP_WIDTH
 from m4v_dist.blocks.layout import ColumnShape
-from m4v_dist.config.schema import BlockMixer, ModelSettings, SsmSettings
+from m4v_dist.config.model_settings import BlockMixer, ModelSettings, SsmSettings
 
 Flops = Counter[str]
 """FLOPs by part: the keys are `PARTS`."""

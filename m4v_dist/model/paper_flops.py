@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from m4v_dist.blocks.layout import ColumnShape
-from m4v_dist.config.schema import ModelSettings, SsmSettings
+from m4v_dist.config.model_settings import ModelSettings, SsmSettings
 from m4v_dist.model.flops import ColumnOf, attention_mixer, scanned_tokens, ssm_mixer, temporal_branch
 
 REPORTED: Mapping[str, float] = {

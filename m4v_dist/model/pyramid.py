@@ -21,7 +21,7 @@ from m4v_dist.blocks.layout import ColumnShape, FrameShape, packed_layout
 from m4v_dist.blocks.mm_dim import NUM_REGISTERS, UnifiedBlock
 from m4v_dist.blocks.mm_dit import DoubleBlock
 from m4v_dist.blocks.modulation import Modulation, modulate
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 
 MAX_TIMESTEP = 1000
 

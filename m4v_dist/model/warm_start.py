@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from m4v_dist.blocks.attention import AttentionMixer, QueryKeyValue
 from m4v_dist.blocks.mm_dim import ParallelMixer, SsmTokenMixer
-from m4v_dist.config.schema import KernelSettings
+from m4v_dist.config.model_settings import KernelSettings
 from m4v_dist.errors import DataError
 from m4v_dist.model.attention_to_ssm import Part, as_it_is, attention_to_ssm
 from m4v_dist.model.build import build_on_meta

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from m4v_dist.batch import Column, LatentBatch, ModelInput, Slot, TextFeatures, slot_generator
-from m4v_dist.config.schema import ObjectiveSettings
+from m4v_dist.config.training_settings import ObjectiveSettings
 from m4v_dist.objective.history import add_history_noise, history_clips, history_noise_ceiling, to_level
 from m4v_dist.objective.pyramid_schedule import PyramidSchedule, downsample, downsample_noise, upsample
 

@@ -8,7 +8,7 @@ resume, so a boundary cannot carry over anything that a restart would lose.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from m4v_dist.config.schema import CurriculumStageSettings
+from m4v_dist.config.training_settings import CurriculumStageSettings
 
 
 @dataclass(frozen=True)

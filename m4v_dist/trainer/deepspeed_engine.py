@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m4v_dist.config.schema import TrainerSettings
+from m4v_dist.config.training_settings import TrainerSettings
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer.optimizer import ParameterGroup, is_frozen, parameter_groups
 

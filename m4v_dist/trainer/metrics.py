@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from m4v_dist import storage
-from m4v_dist.config.schema import LoggingSettings, RunConfig
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.config.training_settings import LoggingSettings
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from m4v_dist.config.schema import CurriculumStageSettings
+from m4v_dist.config.training_settings import CurriculumStageSettings
 
 NO_DECAY_NAMES = ("A_log", "D", "dt_bias")
 """Parameters of the scan that weight decay would pull to a meaning of its own (a decay of A_log slows the state)."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from m4v_dist.blocks.layout import PackedLayout
 from m4v_dist.blocks.mm_dim import build_mixer
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.build import initialize_weights
 from tests.blocks.layouts import column, mixed_layout
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from m4v_dist.blocks.attention import AttentionMixer
 from m4v_dist.blocks.ssm_mixer import MilMixer, build_ssm_mixer
-from m4v_dist.config.schema import KernelSettings, SsmSettings
+from m4v_dist.config.model_settings import KernelSettings, SsmSettings
 from m4v_dist.model.build import initialize_weights
 
 WIDTH, HEADS = 32, 4

@@ -7,7 +7,7 @@ import torch
 
 from m4v_dist.blocks.attention import AttentionMixer
 from m4v_dist.blocks.mm_dim import ParallelMixer, SsmTokenMixer, UnifiedBlock, build_mixer
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.build import initialize_weights
 from tests.blocks.layouts import mixed_layout
 

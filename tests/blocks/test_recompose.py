@@ -10,7 +10,7 @@ from m4v_dist.blocks.layout import ColumnShape, FrameShape, PackedLayout
 from m4v_dist.blocks.recompose import invert, recompose, recompose_padded, recomposition_plan
 from m4v_dist.blocks.ssm_mixer import build_ssm_mixer
 from m4v_dist.blocks.zigzag import zigzag_order
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.build import initialize_weights
 from tests.blocks.layouts import mixed_layout
 

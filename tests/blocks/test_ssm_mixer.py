@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m4v_dist.blocks.mamba1_mixer import Mamba1Mixer
 from m4v_dist.blocks.ssm_mixer import MilMixer, SsmMixer, build_ssm_mixer
-from m4v_dist.config.schema import KernelSettings, ModelSettings, SsmSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings, SsmSettings
 from m4v_dist.model.build import initialize_weights
 from tests.conftest import load_golden
 

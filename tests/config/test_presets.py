@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from m4v_dist.config.load import config_from_json, config_to_json, parse_config
+from m4v_dist.config.model_settings import Ablation, ModelSettings
 from m4v_dist.config.presets import ABLATIONS, MODEL_PRESETS
-from m4v_dist.config.schema import Ablation, ModelSettings
 from m4v_dist.errors import ConfigError
 from tests.config.run_values import run_values
 

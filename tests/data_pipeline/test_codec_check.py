@@ -13,7 +13,7 @@ from data_pipeline.decode import DecodeRule
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import IndexRow
 from data_pipeline.pack import RawClip, write_shards
-from m4v_dist.config.schema import CodecSettings
+from m4v_dist.config.data_settings import CodecSettings
 from m4v_dist.errors import DataError
 from m4v_dist.frozen.video_file import encode_png
 from m4v_dist.frozen.video_vae import build_codec, frames_from_uint8

@@ -8,7 +8,7 @@ import torch
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.precompute_plan import PrecomputePlan
-from m4v_dist.config.schema import (
+from m4v_dist.config.data_settings import (
     BucketSettings,
     CodecSettings,
     PrecomputeSettings,

@@ -12,7 +12,8 @@ from data_pipeline.loader import LatentLoader, StepBatch
 from data_pipeline.slot_plan import SlotPlanner
 from m4v_dist import storage
 from m4v_dist.batch import LatentBatch, Slot
-from m4v_dist.config.schema import BucketSettings, CurriculumStageSettings, ObjectiveSettings, SourceSettings
+from m4v_dist.config.data_settings import BucketSettings, SourceSettings
+from m4v_dist.config.training_settings import CurriculumStageSettings, ObjectiveSettings
 from m4v_dist.errors import ConfigError, DataError, StoreError
 from m4v_dist.objective.history import choose_unit, num_segment_tokens
 from tests.data_pipeline.made_cache import MadeSource, make_cache, record_value

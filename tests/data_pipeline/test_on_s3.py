@@ -11,7 +11,7 @@ from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.precompute_plan import PrecomputePlan
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
-from m4v_dist.config.schema import (
+from m4v_dist.config.data_settings import (
     BucketSettings,
     CodecSettings,
     PrecomputeSettings,

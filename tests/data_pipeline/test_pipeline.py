@@ -21,14 +21,14 @@ from data_pipeline.pipeline import collect, require_room_for_an_actor, run_preco
 from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask, describe_plan, plan_tasks
 from data_pipeline.shard_actor import ShardActor
 from m4v_dist import storage
-from m4v_dist.config.schema import (
+from m4v_dist.config.data_settings import (
     BucketSettings,
     CodecSettings,
-    LaunchSettings,
     PrecomputeSettings,
     SourceSettings,
     TextEncoderSettings,
 )
+from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import ConfigError, DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError, StoreError
 from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_file import encode_mp4, encode_png

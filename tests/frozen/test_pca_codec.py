@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m4v_dist import storage
-from m4v_dist.config.schema import CodecSettings
+from m4v_dist.config.data_settings import CodecSettings
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.latent_normalization import LatentNormalization
 from m4v_dist.frozen.pca_codec import EMBEDDED_WEIGHTS, PcaCodec, diffusion_scale, fit_pca_weights

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from m4v_dist import storage
-from m4v_dist.config.schema import CodecSettings
+from m4v_dist.config.data_settings import CodecSettings
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.causal_video_vae import RELEASED
 from m4v_dist.frozen.pca_codec import EMBEDDED_WEIGHTS, PcaCodec

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from m4v_dist import storage
-from m4v_dist.config.schema import TextEncoderSettings
+from m4v_dist.config.data_settings import TextEncoderSettings
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.t5_clip_encoder import T5ClipEncoder
 from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint

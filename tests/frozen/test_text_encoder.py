@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m4v_dist.config.schema import TextEncoderSettings
+from m4v_dist.config.data_settings import TextEncoderSettings
 from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.text_encoder import TextEncoder, build_text_encoder, text_encoder_fingerprint
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data_pipeline.demo_clips import DemoClip, package_file, read_clip_list
 from m4v_dist.batch import LatentBatch, Slot, TextFeatures, derive_seed
-from m4v_dist.config.schema import CodecSettings, TextEncoderSettings
+from m4v_dist.config.data_settings import CodecSettings, TextEncoderSettings
 from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_file import decode_animation, resize_cover
 from m4v_dist.frozen.video_vae import Codec, build_codec, frames_from_uint8

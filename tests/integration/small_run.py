@@ -9,8 +9,9 @@ import torch
 from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT, CacheRecord, CacheShardWriter, write_manifest
 from jobs.train import train_on_rank
 from m4v_dist.batch import TextFeatures
+from m4v_dist.config.data_settings import CodecSettings, TextEncoderSettings
 from m4v_dist.config.load import parse_config
-from m4v_dist.config.schema import CodecSettings, RunConfig, TextEncoderSettings
+from m4v_dist.config.schema import RunConfig
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
 from tests.data_pipeline.made_cache import MadeSource, made_row

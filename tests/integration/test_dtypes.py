@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from m4v_dist.batch import ModelInput
 from m4v_dist.blocks import mamba1_mixer, ssm_mixer
-from m4v_dist.config.schema import KernelSettings, ModelSettings, TrainerSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
+from m4v_dist.config.training_settings import TrainerSettings
 from m4v_dist.model.build import build_model
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m4v_dist.config.schema import KernelSettings, ModelSettings, ObjectiveSettings, SamplingSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
+from m4v_dist.config.schema import SamplingSettings
+from m4v_dist.config.training_settings import ObjectiveSettings
 from m4v_dist.model.build import build_model
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from m4v_dist.objective.pyramid_schedule import PyramidSchedule

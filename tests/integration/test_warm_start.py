@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from m4v_dist import storage
-from m4v_dist.config.schema import KernelSettings, ModelSettings, ObjectiveSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
+from m4v_dist.config.training_settings import ObjectiveSettings
 from m4v_dist.model.build import build_model, build_on_meta
 from m4v_dist.model.checkpoint_files import CheckpointReader, find_files
 from m4v_dist.model.checkpoint_names import to_pyramidflow_name

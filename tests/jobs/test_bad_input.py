@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.pack import RawClip, write_shards
 from jobs import cli
 from jobs.precompute_latents import precompute_latents
-from m4v_dist.config.schema import LaunchSettings
+from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.frozen.video_file import encode_mp4
 from m4v_dist.launch.ray_session import ray_session
 from tests.data_pipeline.made_cache import moving_blocks

@@ -12,7 +12,7 @@ from jobs.report import report
 from jobs.sample import sample
 from jobs.train import train
 from m4v_dist import storage
-from m4v_dist.config.schema import LaunchSettings
+from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.frozen.video_file import read_video
 from m4v_dist.launch.ray_session import start_ray, stop_ray
 from tests.jobs.tiny_run import FRAMES, write_tiny_run

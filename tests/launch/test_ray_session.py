@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from m4v_dist.config.schema import LaunchSettings
+from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import ConfigError
 from m4v_dist.launch import ray_session
 from m4v_dist.launch.ray_session import check_resources, require_resources, require_room

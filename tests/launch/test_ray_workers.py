@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from m4v_dist.config.schema import LaunchSettings
+from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import DataError, OutOfMemoryJobError, PreemptedError, RetriesExhaustedError
 from m4v_dist.launch.ray_session import start_ray, stop_ray
 from m4v_dist.launch.ray_workers import WorkerFunction, run_workers

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from m4v_dist.batch import Column, ModelInput, TextFeatures
-from m4v_dist.config.schema import ModelSettings
+from m4v_dist.config.model_settings import ModelSettings
 from m4v_dist.weights_file import TensorLayout
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m4v_dist.batch import Column, ModelInput, TextFeatures
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.build import build_model
 from m4v_dist.model.pyramid import PyramidModel, column_shape
 

@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from m4v_dist.config.schema import Ablation, KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import Ablation, KernelSettings, ModelSettings
 from m4v_dist.errors import ConfigError
 from m4v_dist.model.build import build_model, build_on_meta
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from m4v_dist.batch import Column, ModelInput, TextFeatures
 from m4v_dist.bench.flops_tables import PAPER_GRID, column_of
 from m4v_dist.blocks.layout import ColumnShape, FrameShape
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.build import build_model, build_on_meta
 from m4v_dist.model.flops import (
     MIXER_PARTS,

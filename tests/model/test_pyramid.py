@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from m4v_dist.batch import Column, ModelInput, TextFeatures
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.build import build_model, build_on_meta
 from m4v_dist.model.checkpoint_names import from_pyramidflow_name
 from m4v_dist.model.pyramid import PyramidModel

@@ -15,7 +15,7 @@ from m4v_dist import storage
 from m4v_dist.blocks.attention import AttentionMixer
 from m4v_dist.blocks.mamba1_mixer import Mamba1Mixer
 from m4v_dist.blocks.ssm_mixer import MilMixer, SsmMixer
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.errors import DataError
 from m4v_dist.kernels.conv1d import causal_conv1d
 from m4v_dist.model.build import build_model, build_on_meta

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m4v_dist.batch import LatentBatch, ModelInput, Slot, TextFeatures
-from m4v_dist.config.schema import ObjectiveSettings
+from m4v_dist.config.training_settings import ObjectiveSettings
 from m4v_dist.objective.flow_matching import (
     NoisyColumn,
     PyramidFlowMatching,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from m4v_dist.batch import TextFeatures
-from m4v_dist.config.schema import KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.build import build_model
 from m4v_dist.objective.pyramid_schedule import PyramidSchedule
 from m4v_dist.sampling.pyramid_sampler import sample_latents

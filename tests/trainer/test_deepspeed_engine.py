@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m4v_dist.config.schema import TrainerSettings
+from m4v_dist.config.training_settings import TrainerSettings
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from tests.trainer.ranks import run_fresh_ranks, run_ranks

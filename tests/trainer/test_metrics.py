@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from m4v_dist.config.schema import LoggingSettings
+from m4v_dist.config.training_settings import LoggingSettings
 from m4v_dist.trainer.deepspeed_engine import Slice
 from m4v_dist.trainer.ema import Ema, decay_at
 from m4v_dist.trainer.guards import Clock

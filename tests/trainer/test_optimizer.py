@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from m4v_dist.config.schema import CurriculumStageSettings, KernelSettings, ModelSettings
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
+from m4v_dist.config.training_settings import CurriculumStageSettings
 from m4v_dist.model.build import build_on_meta
 from m4v_dist.trainer.optimizer import learning_rate, parameter_groups
 from tests.trainer.toy import ToyModel

@@ -1,0 +1,120 @@
+"""Objective, curriculum, the loop, its launch on Ray, and where its numbers go."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from m4v_dist.config.data_settings import BucketSettings
+from m4v_dist.config.settings import Fraction, Name, PositiveInt, Settings
+
+
+class ObjectiveSettings(Settings):
+    """Pyramid flow matching (arXiv 2410.05954)."""
+
+    num_pyramid_stages: int = Field(default=3, ge=1, le=3, description="Resolution levels of the flow.")
+    pyramid_stage_columns: tuple[int, ...] = Field(
+        default=(0, 1, 1, 2), description="Pyramid stage of each slot or sync group in turn; default is 1:2:1."
+    )
+    num_train_timesteps: PositiveInt = Field(default=1000, description="Steps of the training table.")
+    gamma: float = Field(
+        default=1 / 3, gt=0, le=1 / 3, description="Block-noise parameter of the stage jump (correlation -gamma)."
+    )
+    cfg_dropout: Fraction = Field(default=0.1, description="Fraction of slots trained with the empty prompt.")
+    history_noise: Literal["by_step", "by_index"] = Field(
+        default="by_step",
+        description="What the noise on history grows with, linearly: the training step, or the latent's place in time.",
+    )
+    history_noise_max: Fraction = Field(default=1 / 3, description="Ceiling of the noise on history latents.")
+    history_noise_ramp_steps: int = Field(
+        default=10_000, ge=0, description="Steps over which that ceiling grows from 0; by_step only."
+    )
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> "ObjectiveSettings":
+        if not self.pyramid_stage_columns or not all(
+            0 <= s < self.num_pyramid_stages for s in self.pyramid_stage_columns
+        ):
+            raise ValueError(
+                f"pyramid_stage_columns={self.pyramid_stage_columns} must name pyramid stages "
+                f"0..{self.num_pyramid_stages - 1}"
+            )
+        return self
+
+
+class CurriculumStageSettings(Settings):
+    """One curriculum stage; freeze set, groups and micro-batch change only at its boundary."""
+
+    name: Name = Field(description="Name of the stage, as logged.")
+    num_steps: PositiveInt = Field(description="Optimizer steps of this stage.")
+    num_latents: PositiveInt = Field(description="Longest clip in latents; longer records are cut to a prefix.")
+    buckets: tuple[BucketSettings, ...] = Field(min_length=1, description="Sizes of the cache that are read.")
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        min_length=1, description="Share of each source in the mix."
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="Peak learning rate of this stage.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up at the start of this stage.")
+    micro_batch_slots: PositiveInt = Field(default=4, description="Slots of one forward on one rank.")
+    freeze: tuple[Literal["double_blocks"], ...] = Field(default=(), description="What does not train in this stage.")
+
+
+class TrainerSettings(Settings):
+    """The loop: optimizer, ZeRO, EMA, checkpoints, validation."""
+
+    global_batch_slots: PositiveInt = Field(default=16, description="S: slots of one optimizer step, over all ranks.")
+    sync_group: PositiveInt = Field(default=8, description="G: consecutive slots that share a video.")
+    zero_stage: Literal[1, 2, 3] = Field(default=2, description="DeepSpeed's sharding stage.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of matmuls; parameters stay float32."
+    )
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="AdamW moments.")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: float = Field(
+        default=1e-4, ge=0, description="AdamW decay; none on 1-d parameters, A_log, D, dt_bias."
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this global norm.")
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay of the moving average of weights.")
+    checkpoint_every_steps: PositiveInt = Field(default=1000, description="Steps between checkpoints.")
+    keep_last: PositiveInt = Field(default=3, description="Newest checkpoints that stay.")
+    keep_every_steps: int = Field(default=0, ge=0, description="Multiples that stay for ever; 0 keeps none.")
+    validate_every_steps: int = Field(
+        default=0, ge=0, description="Steps between held-out losses; 0: start and end only."
+    )
+    held_out_slots: int = Field(default=16, ge=0, description="Fixed slots of the held-out loss; 0 switches it off.")
+    max_skipped_steps: int = Field(
+        default=10, ge=0, description="Non-finite steps in a row that are skipped, not more."
+    )
+    num_threads: PositiveInt = Field(
+        default=1, description="CPU threads of torch in a training worker, and in jobs.sample."
+    )
+    prefetch_steps: int = Field(default=2, ge=0, description="Steps that the loader reads ahead.")
+
+
+class LaunchSettings(Settings):
+    """Ray Train: workers, resources, restarts."""
+
+    num_workers: PositiveInt = Field(default=1, description="Data-parallel ranks.")
+    use_gpu: bool = Field(default=False, description="One GPU and NCCL per worker; else CPU and gloo.")
+    cpus_per_worker: float = Field(
+        default=1.0,
+        gt=0,
+        description="CPUs that Ray reserves for a worker, and OMP_NUM_THREADS there; torch obeys trainer.num_threads.",
+    )
+    max_failures: int = Field(
+        default=3,
+        ge=-1,
+        description="Restarts after a loss; -1 is no limit, but three in a row without a new checkpoint end the run.",
+    )
+    wait_for_nodes: bool = Field(
+        default=False, description="The cluster grows: wait for nodes that hold the workers; else that is exit 2."
+    )
+    address: str | None = Field(
+        default=None, description="Ray address; None joins a running job's cluster or starts one."
+    )
+
+
+class LoggingSettings(Settings):
+    """Where the numbers go, beside metrics.jsonl."""
+
+    wandb: Literal["offline", "online", "disabled"] = Field(default="offline", description="W&B mode.")
+    wandb_project: str = Field(default="m4v", description="W&B project.")
+    every_steps: PositiveInt = Field(default=1, description="Steps between rows of metrics.jsonl.")
