@@ -7,6 +7,10 @@ records. A record that reads back damaged is counted, named, and replaced from a
 slot), so that no cursor moves; past a ceiling the run fails. The ceiling is each rank's own, over the slots that it
 read itself: it is the same share of the data for any number of ranks.
 
+Any number of ranks will do. All have equally many micro-batches, since a forward is collective under ZeRO 3; where the
+slots do not suffice for all, an empty one gets a filler: a slot of the step once more, with weight 0, which no loss,
+gradient or count holds.
+
 Legend: `c` channels, `t` latents in time, `h` `w` latent grid.
 """
 
@@ -18,7 +22,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from data_pipeline.latent_cache import CacheRecord, CorruptRecordError
-from data_pipeline.mixture import Cursor, pack_slots
+from data_pipeline.mixture import Cursor, num_micro_batches, pack_slots
 from data_pipeline.slot_plan import LoaderState, SlotPlanner, StagePlan
 from m4v_dist.batch import LatentBatch, Slot
 from m4v_dist.errors import ConfigError, DataError
@@ -46,7 +50,7 @@ class LatentLoader:
         planner: of the run, equal on all ranks; its cache is read.
         rank, world_size: this process among the data-parallel ranks.
         prefetch_steps: steps read ahead by a thread; 0 reads in the caller.
-        held_out_slots: H, a multiple of world_size; 0 for none.
+        held_out_slots: H; 0 for none.
         max_bad_fraction: slots of this rank whose record was damaged over all slots that this rank read; past it, and
             with more than one damaged record, the run fails.
     """
@@ -196,13 +200,17 @@ class LatentLoader:
         """
         if not self._held_out_slots:
             return ()
-        mine = self._planner.held_out(self._held_out_slots)[self._rank :: self._world_size]
+        slots = self._planner.held_out(self._held_out_slots)
+        mine = slots[self._rank :: self._world_size]
         size = self._planner.held_out_micro_batch_slots
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        num_micro = num_micro_batches(self._held_out_slots, self._world_size, size)
+        parts = [mine[start : start + size] for start in range(0, num_micro * size, size)]
         try:
             return tuple(
                 self._batch(
-                    [(slot, self._read_record(slot.source, slot.record)) for slot in part], self._held_out_slots
+                    [(slot, self._read_record(slot.source, slot.record)) for slot in part or slots[:1]],
+                    self._held_out_slots,
+                    is_filler=not part,
                 )
                 for part in parts
             )
@@ -220,13 +228,18 @@ class LatentLoader:
             state = after
 
     def _read_step(self, stage: StagePlan, step: int, slots: list[Slot]) -> StepBatch:
-        num_micro = self._planner.num_slots // self._world_size // stage.settings.micro_batch_slots
+        num_micro = num_micro_batches(len(slots), self._world_size, stage.settings.micro_batch_slots)
         bins = pack_slots([slot.num_tokens for slot in slots], self._world_size * num_micro)
         mine = bins[self._rank * num_micro : (self._rank + 1) * num_micro]
+        filler = [min(slots, key=lambda slot: (slot.num_tokens, slot.index)).index]
         # members of a sync group on this rank share one read
         read: dict[tuple[str, int], CacheRecord] = {}
         batches = [
-            self._batch([self._read_slot(stage, slots[index], read) for index in members], self._planner.num_slots)
+            self._batch(
+                [self._read_slot(stage, slots[index], read) for index in members or filler],
+                self._planner.num_slots,
+                is_filler=not members,
+            )
             for members in mine
         ]
         return StepBatch(step, tuple(batches))
@@ -268,14 +281,14 @@ class LatentLoader:
                 f"{self._cache.how_to_redo(self._cache.rows(source)[record].shard for source, record in self._bad)}."
             )
 
-    def _batch(self, items: list[tuple[Slot, CacheRecord]], num_slots: int) -> LatentBatch:
+    def _batch(self, items: list[tuple[Slot, CacheRecord]], num_slots: int, *, is_filler: bool = False) -> LatentBatch:
         return LatentBatch(
             slots=tuple(slot for slot, _ in items),
             # a causal codec makes a shorter clip a prefix of a longer one
             latents=tuple(record.latents[:, : slot.unit].contiguous() for slot, record in items),  # c t h w
             text=tuple(record.text for _, record in items),
             null_text=self._cache.null_text,
-            weights=(1.0,) * len(items),
+            weights=(0.0 if is_filler else 1.0,) * len(items),
             global_num_slots=num_slots,
         )
 

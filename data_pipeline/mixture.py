@@ -7,6 +7,7 @@ So the plan of a step depends on the seed and the cursors, never on a rank, a wo
 epoch no record is repeated or skipped.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -132,21 +133,25 @@ class Mixture:
         return known[1]
 
 
+def num_micro_batches(num_slots: int, world_size: int, micro_batch_slots: int) -> int:
+    """Micro-batches of a step on each rank: the fewest that hold all slots, on any number of ranks."""
+    return math.ceil(num_slots / (world_size * micro_batch_slots))
+
+
 def pack_slots(num_tokens: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Spread slots over bins of equal count and about equal tokens.
+    """Spread slots over bins of about equal tokens, and of equal count where their number allows it.
 
     Largest first into the bin with the fewest tokens that still has room; ties go to the lower number, so that all
-    ranks get the same answer.
+    ranks get the same answer. Where the bins do not divide the slots, a bin may stay short, or empty.
 
     Args:
-        num_tokens: of each slot; their number is a multiple of `num_bins`.
+        num_tokens: of each slot.
         num_bins: ranks times micro-batches.
 
     Returns:
-        slot numbers of each bin, ascending.
+        slot numbers of each bin, ascending; at most slots / bins of them, rounded up.
     """
-    assert len(num_tokens) % num_bins == 0, "validate() checks that ranks and micro-batches divide the batch"
-    room = len(num_tokens) // num_bins
+    room = math.ceil(len(num_tokens) / num_bins)
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     loads = [0] * num_bins
     for slot in sorted(range(len(num_tokens)), key=lambda slot: (-num_tokens[slot], slot)):

@@ -16,6 +16,7 @@ from torch import nn
 
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.loader import LatentLoader
+from data_pipeline.mixture import num_micro_batches
 from data_pipeline.slot_plan import SlotPlanner
 from jobs import cli
 from m4v_dist import storage
@@ -239,7 +240,7 @@ def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
         loader.load_state_dict({**loader.state_dict(), "next_step": 0, "cursors": {}})
         training = sum(size for name, size in named if not is_frozen(name, settings.freeze))
         span = f"{curriculum_stage.start}..{curriculum_stage.stop}"
-        micro = f"{workers} x {slots // workers // settings.micro_batch_slots}"
+        micro = f"{workers} x {num_micro_batches(slots, workers, settings.micro_batch_slots)}"
         lines.append(
             f"{settings.name:<16}{span:>14}{slots:>7}{micro:>15}{settings.num_latents:>9}"
             f"{round(tokens * workers / len(batches)):>13,}{training:>14,}"

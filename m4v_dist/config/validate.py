@@ -49,27 +49,11 @@ def validate(config: RunConfig) -> None:
 
 
 def _validate_batch(config: RunConfig) -> None:
-    slots, group, workers = config.trainer.global_batch_slots, config.trainer.sync_group, config.launch.num_workers
+    slots, group = config.trainer.global_batch_slots, config.trainer.sync_group
     if slots % group:
         raise ConfigError(
             f"trainer.global_batch_slots={slots} is no multiple of trainer.sync_group={group}; "
             f"use {(slots // group + 1) * group}, or a smaller group."
-        )
-    for stage in config.curriculum:
-        step = workers * stage.micro_batch_slots
-        if slots % step:
-            above = (slots // step + 1) * step
-            fitting = f"{above - step} or {above}" if above > step else f"{above}"
-            raise ConfigError(
-                f"curriculum {stage.name!r}: trainer.global_batch_slots={slots} is no multiple of launch.num_workers "
-                f"* micro_batch_slots = {workers} * {stage.micro_batch_slots} = {step}; use "
-                f"{fitting} slots, or another micro-batch."
-            )
-    held_out = config.trainer.held_out_slots
-    if held_out % workers:
-        raise ConfigError(
-            f"trainer.held_out_slots={held_out} is no multiple of launch.num_workers={workers}; "
-            f"use {held_out // workers * workers}."
         )
 
 

@@ -73,7 +73,7 @@ class Tally:
         self._losses.append(loss.detach())
         for name, value in metrics.items():
             self._metrics.setdefault(name, []).append(value.detach())
-        self._tokens += sum(slot.num_tokens for slot in batch.slots)
+        self._tokens += sum(slot.num_tokens for slot, weight in zip(batch.slots, batch.weights, strict=True) if weight)
 
     def summed(self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False) -> Sums:
         """Sum over ranks (collective).

@@ -1,5 +1,6 @@
 """The loader: same slots on any number of ranks, exact resume, damaged records, refusals."""
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,18 @@ def slots_of(batches: list[StepBatch]) -> list[Slot]:
     return [slot for batch in batches for micro in batch.micro_batches for slot in micro.slots]
 
 
+def counted_slots_of(batches: list[StepBatch]) -> list[Slot]:
+    """Without fillers."""
+    micros = [micro for batch in batches for micro in batch.micro_batches]
+    assert all(set(micro.weights) in ({0.0}, {1.0}) for micro in micros)
+    return [slot for micro in micros if micro.weights[0] for slot in micro.slots]
+
+
 def by_index(slots: list[Slot]) -> list[Slot]:
     return sorted(slots, key=lambda slot: (slot.step, slot.index))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5, 8, 11])
 def test_any_number_of_ranks_reads_the_same_slots(cache_folder: str, world_size: int) -> None:
     alone = make_loader(cache_folder)
     alone.enter(0, 0)
@@ -92,8 +100,8 @@ def test_any_number_of_ranks_reads_the_same_slots(cache_folder: str, world_size:
         loader = make_loader(cache_folder, rank, world_size)
         loader.enter(0, 0)
         batches = take(loader, 10)
-        assert all(len(b.micro_batches) == 8 // world_size // 2 for b in batches)
-        found += slots_of(batches)
+        assert all(len(b.micro_batches) == math.ceil(8 / world_size / 2) for b in batches)
+        found += counted_slots_of(batches)
         states.append(loader.state_dict())
     assert by_index(found) == expected
     assert [s.index for s in expected] == list(range(8)) * 10
@@ -200,12 +208,27 @@ def test_micro_batches_of_a_step_have_about_equal_tokens(cache_folder: str) -> N
         assert max(loads) - min(loads) <= heaviest
 
 
-def test_held_out_slots_are_fixed_and_split_equally(cache_folder: str) -> None:
+def test_ranks_without_a_slot_do_as_many_forwards_as_the_others(cache_folder: str) -> None:
+    """Eight slots on eleven ranks: three have a filler, which is read from the cache like any slot."""
+    fillers = 0
+    for rank in range(11):
+        loader = make_loader(cache_folder, rank, 11)
+        loader.enter(0, 0)
+        (batch,) = take(loader, 1)
+        assert len(batch.micro_batches) == 1
+        micro = batch.micro_batches[0]
+        assert len(micro.slots) == len(micro.latents) == len(micro.text) == len(micro.weights) == 1
+        fillers += micro.weights == (0.0,)
+    assert fillers == 3
+
+
+@pytest.mark.parametrize("world_size", [2, 5, 16])
+def test_held_out_slots_are_fixed_and_spread_over_any_ranks(cache_folder: str, world_size: int) -> None:
     whole = [slot for micro in make_loader(cache_folder).held_out() for slot in micro.slots]
-    parts = [make_loader(cache_folder, rank, 2, seed=99).held_out() for rank in range(2)]
-    assert len(parts[0]) == len(parts[1])
-    halves = [slot for part in parts for micro in part for slot in micro.slots]
-    assert sorted(halves, key=lambda slot: slot.index) == whole
+    parts = [make_loader(cache_folder, rank, world_size, seed=99).held_out() for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1
+    counted = [slot for part in parts for micro in part if micro.weights[0] for slot in micro.slots]
+    assert sorted(counted, key=lambda slot: slot.index) == whole
     assert {slot.source for slot in whole} == {"unseen"}
     assert {slot.pyramid_stage for slot in whole} == {0, 1, 2}
     assert {slot.unit for slot in whole} == {1, 2, 3, 4}

@@ -177,7 +177,7 @@ def _nothing(cache: Path) -> None:
         (_other_codec, [], 3, "DataError: .*codec_weights_sha256.*'another'"),
         (_nothing, ["trainer.global_batch_slots=24"], 3, "DataError: .*14 records.*global_batch_slots=24"),
         (_nothing, ["trainer.global_batch_slots=13"], 2, "ConfigError: .*global_batch_slots=13 is no multiple"),
-        (_nothing, ["launch.num_workers=5"], 2, "ConfigError: .*launch.num_workers"),
+        (_nothing, ["launch.num_workers=0"], 2, "ConfigError: .*launch.num_workers"),
     ],
     ids=["no cache", "empty cache", "another codec", "bucket too small", "impossible group", "impossible workers"],
 )
