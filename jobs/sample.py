@@ -12,26 +12,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.latent_cache import LatentCache
 from jobs import cli
+from jobs.sampled_weights import choose_checkpoint, load_model, require_trained_settings
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures, derive_seed
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
-from m4v_dist.frozen.text_encoder import TextEncoder, build_text_encoder, text_encoder_fingerprint
+from m4v_dist.frozen.text_encoder import TextEncoder, build_text_encoder
 from m4v_dist.frozen.video_file import MediaError, centre_crop, decode_image, resize_cover, write_mp4
 from m4v_dist.frozen.video_vae import Codec, build_codec, frames_from_uint8, frames_to_uint8
-from m4v_dist.model.build import build_model
 from m4v_dist.objective.pyramid_schedule import PyramidSchedule
 from m4v_dist.sampling.pyramid_sampler import sample_latents
-from m4v_dist.trainer import checkpoint
-from m4v_dist.trainer.resume import changes
 
 logger = logging.getLogger(__name__)
-
-TRAINED_SECTIONS = ("codec.", "text_encoder.", "model.")
-TRAINED_KEYS = ("objective.gamma", "objective.num_pyramid_stages", "objective.num_train_timesteps")
-"""Settings that the weights were trained for: sampled with others, a model gives noise and no error."""
 
 
 def sample(config: RunConfig, dry_run: bool) -> str:
@@ -63,7 +56,7 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     torch.set_num_threads(config.trainer.num_threads)
     text_encoder = build_text_encoder(config.text_encoder, str(device))
     _require_short_prompts(config, text_encoder)
-    model = _load_model(config, path).to(device)
+    model = load_model(config, path).to(device)
     *texts, null_text = text_encoder.encode([*prompts, ""])
     first_latents = None if first_frame is None else codec.normalization.normalize(codec.encode(first_frame))
     folder = storage.join(config.run.folder, "samples")
@@ -141,27 +134,6 @@ def _remove_earlier(folder: str) -> None:
         storage.remove(listed)
 
 
-def choose_checkpoint(config: RunConfig) -> str:
-    """Path of the checkpoint that the config names, or of the newest committed one.
-
-    Raises:
-        DataError: there is none, or the named one was never finished; the message lists what is there.
-    """
-    folder = storage.join(config.run.folder, "checkpoints")
-    if config.sampling.checkpoint is not None:
-        named = config.sampling.checkpoint
-        # A name in this run's folder, or a path of any run's.
-        path = named.rstrip("/") if "/" in named else storage.join(folder, named)
-        checkpoint.require_committed(path)
-        return path
-    newest = checkpoint.newest_committed(folder)
-    if newest is None:
-        there = ", ".join(storage.list_folder(folder)) or "nothing"
-        raise DataError(f"{folder}: no committed checkpoint (there is {there}); train first, with jobs.train.")
-    logger.info("sampling from %s", newest)
-    return newest
-
-
 def choose_device(config: RunConfig) -> torch.device:
     """A GPU where the run uses them, else the CPU.
 
@@ -176,55 +148,6 @@ def choose_device(config: RunConfig) -> torch.device:
             "launch.use_gpu=false to sample on the CPU."
         )
     return torch.device("cuda")
-
-
-def require_trained_settings(config: RunConfig, codec: Codec, path: str) -> None:
-    """Compare what the weights were trained for with the checkpoint's own config.
-
-    Weight files of codec and text encoder may have moved: then the cache's fingerprint says whether they are the same.
-
-    Raises:
-        ConfigError: with each field and both values.
-        DataError: the checkpoint is damaged; or a weight file has moved, and the cache is missing or was made with
-            another.
-    """
-    checkpoint.check(path)
-    before = checkpoint.read_config(path)
-    now = config.model_dump(mode="json")
-    differing = [
-        change
-        for change in changes(before, now, stage_index=len(config.curriculum))
-        if change.key.startswith(TRAINED_SECTIONS) or change.key in TRAINED_KEYS
-    ]
-    moved = [change for change in differing if change.key in ("codec.weights", "text_encoder.weights")]
-    refused = [str(change) for change in differing if change not in moved and change.key != "model.recompute"]
-    if refused:
-        raise ConfigError(
-            f"{path} was trained with other settings: {'; '.join(refused)} (checkpoint -> config). Sample with the "
-            "config that it was trained with."
-        )
-    if moved:
-        fingerprint = codec.fingerprint() | text_encoder_fingerprint(config.text_encoder)
-        LatentCache.open(config.precompute.cache, fingerprint)
-
-
-def _load_model(config: RunConfig, path: str) -> torch.nn.Module:
-    """Build the model and give it the checkpoint's averaged weights."""
-    model = build_model(config.model, config.kernels, seed=config.run.seed)
-    weights = checkpoint.load_ema_weights(path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    differing = sorted(
-        name
-        for name in shapes.keys() | weights.keys()
-        if name not in weights or shapes.get(name) != weights[name].shape
-    )
-    if differing:
-        raise DataError(
-            f"{path}: {len(differing)} parameters differ in name or shape from the config's model "
-            f"({', '.join(differing[:3])}), though the settings are the checkpoint's; it was written by other code."
-        )
-    model.load_state_dict(weights)
-    return model.eval()
 
 
 def _sample_prompt(

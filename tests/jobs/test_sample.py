@@ -12,7 +12,8 @@ import torch
 
 import jobs.sample
 from jobs import cli
-from jobs.sample import choose_checkpoint, read_first_frame, require_trained_settings, sample
+from jobs.sample import read_first_frame, sample
+from jobs.sampled_weights import choose_checkpoint, require_trained_settings
 from m4v_dist import storage
 from m4v_dist.config.load import parse_config
 from m4v_dist.config.schema import RunConfig
