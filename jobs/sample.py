@@ -1,19 +1,20 @@
-"""`python -m jobs.sample`: prompts to videos, from a committed checkpoint's averaged weights, to `<run>/samples/`.
+"""`python -m jobs.sample`: prompts to videos, to `<run>/samples/`.
 
-With `sampling.first_frame` every video begins with that picture, as the codec gives it back (image to video).
+From a committed checkpoint's averaged weights or, with `sampling.weights=start`, from the start weights. With
+`sampling.first_frame` every video begins with that picture, as the codec gives it back (image to video).
 """
 
 import logging
 import sys
 import time
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from jobs import cli
-from jobs.sampled_weights import choose_checkpoint, load_model, require_trained_settings
+from jobs.sampled_weights import choose_weights, load_model, require_start_weights
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures, derive_seed
 from m4v_dist.config.schema import RunConfig
@@ -21,6 +22,7 @@ from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.text_encoder import TextEncoder, build_text_encoder
 from m4v_dist.frozen.video_file import MediaError, centre_crop, decode_image, resize_cover, write_mp4
 from m4v_dist.frozen.video_vae import Codec, build_codec, frames_from_uint8, frames_to_uint8
+from m4v_dist.model.build import require_text_widths
 from m4v_dist.objective.pyramid_schedule import PyramidSchedule
 from m4v_dist.sampling.pyramid_sampler import sample_latents
 
@@ -32,8 +34,9 @@ def sample(config: RunConfig, dry_run: bool) -> str:
 
     Raises:
         ConfigError: no prompts, or one longer than the text encoder reads; no first frame or GPU where one is asked
-            for; or settings that the checkpoint was not trained with.
-        DataError: no committed checkpoint, or a damaged one; a first frame that is no picture.
+            for; or settings that the weights were not made for.
+        DataError: no committed checkpoint, or a damaged one, or damaged start weights; a first frame that is no
+            picture.
     """
     prompts = config.sampling.prompts
     if not prompts:
@@ -43,24 +46,25 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     stride = codec.spatial_stride
     grid = (config.sampling.height_px // stride, config.sampling.width_px // stride)
     device = choose_device(config)
-    path = choose_checkpoint(config)
-    require_trained_settings(config, codec, path)
+    path = choose_weights(config, codec)
     first_frame = read_first_frame(config)
     if dry_run:
         beginning = "" if first_frame is None else f", each beginning with {config.sampling.first_frame}"
         return (
             f"would sample {len(prompts)} videos of {config.sampling.num_latents} latents, {grid[0]} x {grid[1]} each, "
-            f"from {path}{beginning}"
+            f"from {'the start weights ' if config.sampling.weights == 'start' else ''}{path}{beginning}"
         )
     # As in training: on a busy machine more threads than free cores wait for one another.
     torch.set_num_threads(config.trainer.num_threads)
     text_encoder = build_text_encoder(config.text_encoder, str(device))
     _require_short_prompts(config, text_encoder)
-    model = load_model(config, path).to(device)
     *texts, null_text = text_encoder.encode([*prompts, ""])
+    require_text_widths(config.model, null_text, f"the text of encoder {text_encoder.name}")
+    model = load_model(config, path).to(device)
     first_latents = None if first_frame is None else codec.normalization.normalize(codec.encode(first_frame))
     folder = storage.join(config.run.folder, "samples")
     _remove_earlier(folder)
+    sampled_from = _sampled_from(config, path)
     entries: list[dict[str, Any]] = []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         started = time.monotonic()
@@ -72,14 +76,38 @@ def sample(config: RunConfig, dry_run: bool) -> str:
             {
                 "prompt": prompt,
                 "file": file,
-                "checkpoint": path.rsplit("/", 1)[-1],
+                **sampled_from,
                 "seconds": time.monotonic() - started,
                 "seed": config.sampling.seed,
                 "first_frame": config.sampling.first_frame,
             }
         )
     storage.write_json(storage.join(folder, "samples.json"), entries)
-    return f"{len(entries)} videos from {entries[0]['checkpoint']} in {folder}"
+    return f"{len(entries)} videos from {sampled_from['checkpoint'] or f'the start weights {path}'} in {folder}"
+
+
+def _sampled_from(config: RunConfig, path: str) -> dict[str, str | None]:
+    """What samples.json says of the weights: of checkpoint and start weights, the other is None."""
+    match config.sampling.weights:
+        case "ema":
+            return {"weights": "ema", "checkpoint": path.rsplit("/", 1)[-1], "start_weights": None}
+        case "start":
+            return {"weights": "start", "checkpoint": None, "start_weights": path}
+        case _:
+            assert_never(config.sampling.weights)
+
+
+def require_something_to_sample(config: RunConfig) -> None:
+    """Refuse a run without weights before `result.json` makes its folder; the verb's `preflight`.
+
+    Raises:
+        ConfigError, DataError: see `require_start_weights`.
+        DataError: there is nothing at `run.folder`.
+    """
+    if config.sampling.weights == "start":
+        require_start_weights(config)
+    else:
+        cli.require_run_folder(config)
 
 
 def _require_short_prompts(config: RunConfig, text_encoder: TextEncoder) -> None:
@@ -196,7 +224,7 @@ if __name__ == "__main__":
         cli.main(
             "sample",
             sample,
-            "Sample videos from a committed checkpoint's averaged weights.",
-            preflight=cli.require_run_folder,
+            "Sample videos from a committed checkpoint's averaged weights, or from the start weights.",
+            preflight=require_something_to_sample,
         )
     )

@@ -1,6 +1,11 @@
-"""The weights that `jobs.sample` samples: a checkpoint's averaged ones, and whether the config is what they learnt."""
+"""The weights that `jobs.sample` samples, and whether the config is theirs.
+
+A checkpoint's averaged weights, or the start weights that `jobs.import_checkpoint` wrote, before any training.
+"""
 
 import logging
+import os
+from typing import assert_never
 
 import torch
 
@@ -10,15 +15,54 @@ from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import Codec
-from m4v_dist.model.build import build_model
+from m4v_dist.model.build import build_model, build_on_meta, require_channels
+from m4v_dist.model.start_weights import check_start_weights
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.resume import changes
+from m4v_dist.weights_file import fill_weights
 
 logger = logging.getLogger(__name__)
 
 TRAINED_SECTIONS = ("codec.", "text_encoder.", "model.")
 TRAINED_KEYS = ("objective.gamma", "objective.num_pyramid_stages", "objective.num_train_timesteps")
 """Settings that the weights were trained for: sampled with others, a model gives noise and no error."""
+
+
+def choose_weights(config: RunConfig, codec: Codec) -> str:
+    """Path of the checkpoint, or of the file of start weights, checked against the config.
+
+    Raises:
+        ConfigError: settings that they were not made for; or see `require_start_weights`.
+        DataError: see `choose_checkpoint`, `require_trained_settings` and `require_start_weights`.
+    """
+    match config.sampling.weights:
+        case "ema":
+            path = choose_checkpoint(config)
+            require_trained_settings(config, codec, path)
+        case "start":
+            path = require_start_weights(config)
+            require_channels(config.model, codec.latent_channels, codec.name)
+        case _:
+            assert_never(config.sampling.weights)
+    logger.info("sampling from %s", path)
+    return path
+
+
+def require_start_weights(config: RunConfig) -> str:
+    """Path of the file of start weights, once its header is checked.
+
+    Raises:
+        ConfigError: the run has none, or they are not those of its config; see `check_start_weights`.
+        DataError: the file is damaged, or of another model.
+    """
+    path = config.start_weights
+    if path is None:
+        raise ConfigError(
+            "sampling.weights='start', but neither warm_start.source nor warm_start.weights is set: this run has no "
+            "start weights. Set one of them, or leave sampling.weights out to sample a checkpoint."
+        )
+    check_start_weights(config, build_on_meta(config.model, config.kernels))
+    return path
 
 
 def choose_checkpoint(config: RunConfig) -> str:
@@ -37,9 +81,16 @@ def choose_checkpoint(config: RunConfig) -> str:
     newest = checkpoint.newest_committed(folder)
     if newest is None:
         there = ", ".join(storage.list_folder(folder)) or "nothing"
-        raise DataError(f"{folder}: no committed checkpoint (there is {there}); train first, with jobs.train.")
-    logger.info("sampling from %s", newest)
+        start = config.start_weights
+        other_way = f", or sample the start weights {start} with sampling.weights=start" if _is_file(start) else ""
+        raise DataError(
+            f"{folder}: no committed checkpoint (there is {there}); train first, with jobs.train{other_way}."
+        )
     return newest
+
+
+def _is_file(path: str | None) -> bool:
+    return path is not None and os.path.isfile(path)
 
 
 def require_trained_settings(config: RunConfig, codec: Codec, path: str) -> None:
@@ -73,8 +124,24 @@ def require_trained_settings(config: RunConfig, codec: Codec, path: str) -> None
 
 
 def load_model(config: RunConfig, path: str) -> torch.nn.Module:
-    """Build the model and give it the checkpoint's averaged weights."""
+    """Build the model and give it the weights that `choose_weights` found at `path`."""
     model = build_model(config.model, config.kernels, seed=config.run.seed)
+    match config.sampling.weights:
+        case "ema":
+            _fill_average(model, path)
+        case "start":
+            fill_weights(model, path)
+        case _:
+            assert_never(config.sampling.weights)
+    return model.eval()
+
+
+def _fill_average(model: torch.nn.Module, path: str) -> None:
+    """Give the model a checkpoint's averaged weights.
+
+    Raises:
+        DataError: names or shapes are not the model's.
+    """
     weights = checkpoint.load_ema_weights(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     differing = sorted(
@@ -88,4 +155,3 @@ def load_model(config: RunConfig, path: str) -> torch.nn.Module:
             f"({', '.join(differing[:3])}), though the settings are the checkpoint's; it was written by other code."
         )
     model.load_state_dict(weights)
-    return model.eval()

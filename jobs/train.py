@@ -29,7 +29,7 @@ from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.launch.progress import TrainingProgress
 from m4v_dist.launch.ray_session import check_resources, ray_session
 from m4v_dist.launch.ray_workers import run_workers
-from m4v_dist.model.build import build_model, build_on_meta
+from m4v_dist.model.build import build_model, build_on_meta, require_channels, require_text_widths
 from m4v_dist.model.start_weights import check_start_weights
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from m4v_dist.objective.history import choose_unit, num_segment_tokens
@@ -200,22 +200,14 @@ def check_data(config: RunConfig) -> LatentLoader:
     """Open the cache with this run's fingerprint, and try every stage's buckets and the held-out slots.
 
     Raises:
+        ConfigError: codec or text encoder are not those that the model is made for.
         DataError: see `LatentCache.open` and `LatentLoader.enter`.
     """
     codec = build_codec(config.codec)
     fingerprint = codec.fingerprint() | text_encoder_fingerprint(config.text_encoder)
     cache = LatentCache.open(config.precompute.cache, fingerprint)
-    if codec.latent_channels != config.model.latent_channels:
-        raise ConfigError(
-            f"model.latent_channels={config.model.latent_channels}, but codec {codec.name} makes "
-            f"{codec.latent_channels}; set model.latent_channels={codec.latent_channels}."
-        )
-    null = cache.null_text
-    if (null.tokens.shape[-1], null.pooled.shape[-1]) != (config.model.text_width, config.model.pooled_width):
-        raise ConfigError(
-            f"model.text_width={config.model.text_width}, model.pooled_width={config.model.pooled_width}, but the "
-            f"cache's text is {null.tokens.shape[-1]} and {null.pooled.shape[-1]} wide; set them to that."
-        )
+    require_channels(config.model, codec.latent_channels, codec.name)
+    require_text_widths(config.model, cache.null_text, "the cache's text")
     loader = build_loader(config, cache, 0, config.launch.num_workers)
     for index in range(len(config.curriculum)):
         loader.enter(index, 0)

@@ -4,6 +4,8 @@ The sections that several rooms know stand in files of their own (`model_setting
 `training_settings.py`); here are those of single verbs, and the whole.
 """
 
+from typing import Literal
+
 from pydantic import Field, field_validator, model_validator
 
 from m4v_dist.config.data_settings import CodecSettings, PrecomputeSettings, SourceSettings, TextEncoderSettings
@@ -76,6 +78,10 @@ class SamplingSettings(Settings):
         default=None,
         description="Picture that every video goes on from (image to video), scaled and cropped; local or s3://.",
     )
+    weights: Literal["ema", "start"] = Field(
+        default="ema",
+        description="ema: a checkpoint's averaged weights; start: the start weights (warm_start), before any training.",
+    )
     checkpoint: str | None = Field(
         default=None, description="Name in the run's checkpoints, or a path; None takes the newest committed."
     )
@@ -87,6 +93,15 @@ class SamplingSettings(Settings):
             raise ValueError(
                 f"first_frame={self.first_frame!r} is the first latent, and num_latents={self.num_latents} leaves none "
                 "to sample; use 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_one_kind_of_weights(self) -> "SamplingSettings":
+        if self.weights == "start" and self.checkpoint is not None:
+            raise ValueError(
+                f"weights='start' is sampled before any training, and checkpoint={self.checkpoint!r} names what came "
+                "after it; leave out the one or the other"
             )
         return self
 

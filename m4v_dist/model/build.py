@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from m4v_dist.batch import derive_seed
+from m4v_dist.batch import TextFeatures, derive_seed
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.errors import ConfigError
 from m4v_dist.kernels.scan import BackendUnavailable, require_backend
@@ -45,6 +45,39 @@ def build_on_meta(model: ModelSettings, kernels: KernelSettings) -> PyramidModel
             raise ConfigError(str(error)) from error
     with torch.device("meta"):
         return PyramidModel(model, kernels)
+
+
+def require_channels(model: ModelSettings, latent_channels: int, codec: str) -> None:
+    """Check that the latents of a codec, named `codec`, are the model's.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if latent_channels != model.latent_channels:
+        raise ConfigError(
+            f"model.latent_channels={model.latent_channels}, but codec {codec} makes {latent_channels}; set "
+            f"model.latent_channels={latent_channels}, or take the codec (codec.kind) that the model is made for."
+        )
+
+
+def require_text_widths(model: ModelSettings, text: TextFeatures, whose: str) -> None:
+    """Check that text is as wide as the model's.
+
+    Args:
+        model: sizes of the model.
+        text: any features of the text encoder; all of them are of its widths.
+        whose: what the features are, for messages.
+
+    Raises:
+        ConfigError: with both widths of both.
+    """
+    widths = (text.tokens.shape[-1], text.pooled.shape[-1])
+    if widths != (model.text_width, model.pooled_width):
+        raise ConfigError(
+            f"model.text_width={model.text_width}, model.pooled_width={model.pooled_width}, but {whose} is "
+            f"{widths[0]} and {widths[1]} wide; set them to that, or take the text encoder (text_encoder.kind) that "
+            "the model is made for."
+        )
 
 
 def initialize_weights(model: nn.Module, seed: int) -> None:

@@ -63,6 +63,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "is_short_run": num_steps < SHORT_RUN_STEPS,
         "tiles": _tiles(record, held_out, seen),
         "samples": _with_videos(record.folder, "samples", record.samples),
+        "are_samples_untrained": any(entry.get("weights") == "start" for entry in record.samples),
         "codec": _codec(record),
         "precompute": _precompute(record.precompute),
         "loss_svg": plots.line_panels(figures.loss_panels(metrics, record.kill), "loss") if has_steps else None,

@@ -26,36 +26,13 @@ from m4v_dist.model.build import build_model
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from tests.integration.small_run import make_small_cache, to_toml
+from tests.jobs.sampled_run import sample_config
 from tests.trainer.ranks import run_ranks
-
-BUCKET = {"height_px": 64, "width_px": 64}
-
-
-def _config(folder: str, **sampling: object) -> RunConfig:
-    values = {
-        "run": {"name": "t", "folder": folder},
-        "sources": [{"name": "clips", "shards": "a.tar", "media": "video", "licence": "MIT"}],
-        "precompute": {"cache": "c", "num_frames": 17, "buckets": [BUCKET]},
-        "model": {"preset": "tiny", "num_double_blocks": 1, "num_single_blocks": 1},
-        "curriculum": [
-            {"name": "v", "num_steps": 5, "num_latents": 2, "weights": {"clips": 1.0}, "buckets": [BUCKET]},
-        ],
-        "sampling": {
-            "prompts": ["a fox", "a plane"],
-            "num_latents": 2,
-            **BUCKET,
-            "fps": 8.0,
-            "first_unit_steps": [2, 1, 1],
-            "later_unit_steps": [1, 1, 1],
-            **sampling,
-        },
-    }
-    return parse_config(values, where="test")
 
 
 def _save_job(folder: str) -> str:
     """Save a checkpoint whose plain weights are unusable: a sampler that takes them instead of the average fails."""
-    config = _config(folder)
+    config = sample_config(folder)
     # Away from the zeros that the last layers start with, so that text, history and guidance have a say.
     model = build_model(config.model, config.kernels, seed=1)
     torch.manual_seed(1)
@@ -82,7 +59,7 @@ def run(saved: str, tmp_path: Path) -> str:
 
 
 def test_each_prompt_becomes_a_video_of_the_asked_size(run: str) -> None:
-    config = _config(run)
+    config = sample_config(run)
     assert "2 videos from step_00000005" in sample(config, False)
     entries = storage.read_json(f"{run}/samples/samples.json")
     assert [entry["prompt"] for entry in entries] == ["a fox", "a plane"]
@@ -93,11 +70,11 @@ def test_each_prompt_becomes_a_video_of_the_asked_size(run: str) -> None:
 
 
 def test_a_prompt_s_video_depends_on_its_own_seed_alone(run: str) -> None:
-    sample(_config(run), False)
+    sample(sample_config(run), False)
     first = storage.read_bytes(f"{run}/samples/01.mp4")
-    sample(_config(run, prompts=["a plane"]), False)
+    sample(sample_config(run, prompts=["a plane"]), False)
     assert storage.read_bytes(f"{run}/samples/00.mp4") == first
-    sample(_config(run, prompts=["a plane"], seed=1), False)
+    sample(sample_config(run, prompts=["a plane"], seed=1), False)
     assert storage.read_bytes(f"{run}/samples/00.mp4") != first
 
 
@@ -113,9 +90,9 @@ def _picture(folder: Path, height_px: int = 64, width_px: int = 64) -> str:
 
 
 def test_a_video_begins_with_the_given_picture(run: str, tmp_path: Path) -> None:
-    sample(_config(run), False)
+    sample(sample_config(run), False)
     without, _ = read_video(f"{run}/samples/00.mp4")
-    sample(_config(run, first_frame=_picture(tmp_path)), False)
+    sample(sample_config(run, first_frame=_picture(tmp_path)), False)
     frames, _ = read_video(f"{run}/samples/00.mp4")
     assert frames.shape == (9, 64, 64, 3)
     left, right = frames[0, :, :24].mean((0, 1)), frames[0, :, 40:].mean((0, 1))
@@ -127,42 +104,42 @@ def test_a_video_begins_with_the_given_picture(run: str, tmp_path: Path) -> None
 
 
 def test_a_picture_of_another_shape_covers_the_size_and_loses_its_edges(tmp_path: Path) -> None:
-    frame = read_first_frame(_config("r", first_frame=_picture(tmp_path, height_px=100, width_px=300)))
+    frame = read_first_frame(sample_config("r", first_frame=_picture(tmp_path, height_px=100, width_px=300)))
     assert frame is not None and frame.shape == (1, 64, 64, 3) and frame.dtype == torch.float32
     assert float(frame.min()) == -1.0 and float(frame.max()) == pytest.approx(200 / 127.5 - 1, abs=0.1)
     torch.testing.assert_close(frame[0, 32, 4], torch.tensor([200 / 127.5 - 1, -1.0, -1.0]), atol=0.02, rtol=0)
     torch.testing.assert_close(frame[0, 32, -4], torch.tensor([-1.0, -1.0, 200 / 127.5 - 1]), atol=0.02, rtol=0)
-    assert read_first_frame(_config("r")) is None
+    assert read_first_frame(sample_config("r")) is None
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_first_frame_that_is_not_there_is_exit_2(run: str, tmp_path: Path, dry_run: bool) -> None:
     with pytest.raises(ConfigError, match="sampling.first_frame=.*none.png: cannot be read .No such file"):
-        sample(_config(run, first_frame=str(tmp_path / "none.png")), dry_run)
+        sample(sample_config(run, first_frame=str(tmp_path / "none.png")), dry_run)
     with pytest.raises(ConfigError, match="cannot be read .Is a directory"):
-        sample(_config(run, first_frame=str(tmp_path)), dry_run)
+        sample(sample_config(run, first_frame=str(tmp_path)), dry_run)
 
 
 def test_a_first_frame_that_is_no_picture_is_exit_3(run: str, tmp_path: Path) -> None:
     (tmp_path / "first.png").write_text("no picture")
     with pytest.raises(DataError, match="first.png: picture cannot be read .* give a picture"):
-        sample(_config(run, first_frame=str(tmp_path / "first.png")), True)
+        sample(sample_config(run, first_frame=str(tmp_path / "first.png")), True)
 
 
 def test_a_first_frame_that_leaves_nothing_to_sample_is_exit_2(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_latents=1 leaves none to sample"):
-        _config(str(tmp_path), first_frame="a.png", num_latents=1)
+        sample_config(str(tmp_path), first_frame="a.png", num_latents=1)
 
 
 def test_a_dry_run_names_the_first_frame(run: str, tmp_path: Path) -> None:
     picture = _picture(tmp_path)
-    assert sample(_config(run, first_frame=picture), True).endswith(f"each beginning with {picture}")
+    assert sample(sample_config(run, first_frame=picture), True).endswith(f"each beginning with {picture}")
 
 
 def test_linear_guidance_does_not_read_that_of_later_latents(run: str) -> None:
     videos = []
     for is_linear, later in ((True, 5.0), (True, 9.0), (False, 5.0), (False, 9.0)):
-        sample(_config(run, prompts=["a fox"], has_linear_guidance=is_linear, later_unit_guidance=later), False)
+        sample(sample_config(run, prompts=["a fox"], has_linear_guidance=is_linear, later_unit_guidance=later), False)
         videos.append(storage.read_bytes(f"{run}/samples/00.mp4"))
     assert videos[0] == videos[1] and len(set(videos)) == 3
 
@@ -170,24 +147,24 @@ def test_linear_guidance_does_not_read_that_of_later_latents(run: str) -> None:
 def test_an_uncommitted_folder_is_passed_over_with_its_name(run: str, caplog: pytest.LogCaptureFixture) -> None:
     Path(run, "checkpoints", "step_00000009").mkdir()
     with caplog.at_level(logging.WARNING):
-        assert choose_checkpoint(_config(run)).endswith("step_00000005")
+        assert choose_checkpoint(sample_config(run)).endswith("step_00000005")
     assert "step_00000009" in caplog.text
 
 
 def test_an_uncommitted_folder_asked_for_by_name_is_exit_3(run: str) -> None:
     Path(run, "checkpoints", "step_00000009").mkdir()
     with pytest.raises(DataError, match="never finished.*step_00000005"):
-        choose_checkpoint(_config(run, checkpoint="step_00000009"))
+        choose_checkpoint(sample_config(run, checkpoint="step_00000009"))
 
 
 def test_no_checkpoint_is_exit_3_and_lists_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
     with pytest.raises(DataError, match="no committed checkpoint .*step_00000003"):
-        sample(_config(str(tmp_path)), False)
+        sample(sample_config(str(tmp_path)), False)
 
 
 def _changed(run: str, section: str, **values: object) -> RunConfig:
-    tree = _config(run).model_dump(mode="json")
+    tree = sample_config(run).model_dump(mode="json")
     tree[section] |= values
     return parse_config(tree, where="test")
 
@@ -210,7 +187,7 @@ def test_settings_of_another_training_are_exit_2_and_named(
 
 
 def test_another_number_of_pyramid_stages_is_named(run: str) -> None:
-    tree = _config(run).model_dump(mode="json")
+    tree = sample_config(run).model_dump(mode="json")
     tree["objective"] |= {"num_pyramid_stages": 2, "pyramid_stage_columns": [0, 1]}
     tree["sampling"] |= {"first_unit_steps": [1, 1], "later_unit_steps": [1, 1]}
     with pytest.raises(ConfigError, match="objective.num_pyramid_stages: 3 -> 2"):
@@ -254,7 +231,7 @@ def _write_again(run: str, name: str, content: bytes) -> None:
 
 def _run_command(run: str) -> int:
     toml = Path(run, "run.toml")
-    toml.write_text(to_toml(_config(run).model_dump(mode="json", exclude_none=True)))
+    toml.write_text(to_toml(sample_config(run).model_dump(mode="json", exclude_none=True)))
     return cli.main("sample", sample, "x", ["--config", str(toml)])
 
 
@@ -276,15 +253,15 @@ def test_the_text_encoder_is_built_once_for_all_prompts(run: str, monkeypatch: p
     monkeypatch.setattr(
         jobs.sample, "build_text_encoder", lambda *given: built.append(given) or build_text_encoder(*given)
     )
-    sample(_config(run), False)
+    sample(sample_config(run), False)
     assert len(built) == 1
 
 
 def test_a_prompt_longer_than_the_encoder_reads_is_exit_2_with_its_tokens_and_the_limit(run: str) -> None:
-    limit = _config(run).text_encoder.max_tokens
+    limit = sample_config(run).text_encoder.max_tokens
     fits, cut = " ".join(["fox"] * (limit - 2)), " ".join(["plane"] * (limit - 1))
     with pytest.raises(ConfigError, match=f"at most {limit} tokens .*'plane plane .* has {limit + 1}") as error:
-        sample(_config(run, prompts=[fits, cut]), False)
+        sample(sample_config(run, prompts=[fits, cut]), False)
     assert "fox" not in str(error.value)
     assert not Path(run, "samples").exists()
 
@@ -297,35 +274,35 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_exit_2(run: str) -> None:
 
 def test_a_size_that_the_pyramid_cannot_make_is_exit_2(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="multiples of 64"):
-        sample(_config(str(tmp_path), height_px=96), False)
+        sample(sample_config(str(tmp_path), height_px=96), False)
 
 
 def test_no_prompts_is_exit_2(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prompts"):
-        sample(_config(str(tmp_path), prompts=[]), False)
+        sample(sample_config(str(tmp_path), prompts=[]), False)
 
 
 def test_a_dry_run_names_the_checkpoint_and_writes_nothing(run: str) -> None:
     before = sorted(Path(run).rglob("*"))
-    assert re.search("2 videos .* from .*step_00000005", sample(_config(run), True))
+    assert re.search("2 videos .* from .*step_00000005", sample(sample_config(run), True))
     assert sorted(Path(run).rglob("*")) == before
 
 
 def test_a_dry_run_without_a_checkpoint_is_exit_3_like_the_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no committed checkpoint"):
-        sample(_config(str(tmp_path)), True)
+        sample(sample_config(str(tmp_path)), True)
     assert not list(tmp_path.iterdir())
 
 
 def test_videos_of_an_earlier_call_go_and_other_files_stay(run: str) -> None:
-    sample(_config(run), False)
+    sample(sample_config(run), False)
     Path(run, "samples", "mine.txt").write_text("kept")
-    sample(_config(run, prompts=["a plane"]), False)
+    sample(sample_config(run, prompts=["a plane"]), False)
     assert sorted(storage.list_folder(f"{run}/samples")) == ["00.mp4", "mine.txt", "samples.json"]
 
 
 def test_a_checkpoint_may_be_named_by_its_path(run: str) -> None:
     path = f"{run}/checkpoints/step_00000005"
-    assert choose_checkpoint(_config(run, checkpoint=f"{path}/")) == path
+    assert choose_checkpoint(sample_config(run, checkpoint=f"{path}/")) == path
     with pytest.raises(DataError, match=r"/elsewhere/step_00000005: no such checkpoint"):
-        choose_checkpoint(_config(run, checkpoint="/elsewhere/step_00000005"))
+        choose_checkpoint(sample_config(run, checkpoint="/elsewhere/step_00000005"))

@@ -170,6 +170,18 @@ def test_videos_that_began_with_a_given_picture_are_not_called_made_from_the_pro
     assert "Made from the prompt and a given first frame" in _render(run_folder)
 
 
+def test_videos_of_start_weights_are_not_called_those_of_the_trained_model(page: str, run_folder: Path) -> None:
+    assert "The averaged weights then made" in page and "averaged (EMA) weights" in page
+    path = str(run_folder / "samples" / "samples.json")
+    entries = storage.read_json(path)
+    start = {"weights": "start", "checkpoint": None, "start_weights": "/run/warm_start/weights.safetensors"}
+    storage.write_json(path, [entry | start for entry in entries])
+    other = " ".join(_render(run_folder).split())
+    assert "The start weights, before any training, made the videos below" in other
+    assert "from the start weights, before any training." in other and "start weights · seed 0" in other
+    assert "averaged" not in other and "None" not in other and "expect coarse colour" not in other
+
+
 def test_a_named_video_that_is_missing_is_an_error(run_folder: Path) -> None:
     (run_folder / "samples" / "01.mp4").unlink()
     with pytest.raises(DataError, match="01.mp4"):
