@@ -7,7 +7,7 @@ From a committed checkpoint's averaged weights or, with `sampling.weights=start`
 import logging
 import sys
 import time
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     """Sample one video a prompt.
 
     Raises:
-        ConfigError: no prompts, or one longer than the text encoder reads; no first frame or GPU where one is asked
+        ConfigError: no prompts, or a text longer than the encoder reads; no first frame or GPU where one is asked
             for; or settings that the weights were not made for.
         DataError: no committed checkpoint, or a damaged one, or damaged start weights; a first frame that is no
             picture.
@@ -58,13 +58,14 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     torch.set_num_threads(config.trainer.num_threads)
     text_encoder = build_text_encoder(config.text_encoder, str(device))
     _require_short_prompts(config, text_encoder)
-    *texts, null_text = text_encoder.encode([*prompts, ""])
+    full_prompts = [prompt + config.sampling.prompt_suffix for prompt in prompts]
+    *texts, null_text = text_encoder.encode([*full_prompts, config.sampling.negative_prompt])
     require_text_widths(config.model, null_text, f"the text of encoder {text_encoder.name}")
     model = load_model(config, path).to(device)
     first_latents = None if first_frame is None else codec.normalization.normalize(codec.encode(first_frame))
     folder = storage.join(config.run.folder, "samples")
     _remove_earlier(folder)
-    sampled_from = _sampled_from(config, path)
+    settings = _settings_entry(config, path)
     entries: list[dict[str, Any]] = []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         started = time.monotonic()
@@ -72,29 +73,23 @@ def sample(config: RunConfig, dry_run: bool) -> str:
         frames = frames_to_uint8(codec.decode(codec.normalization.denormalize(latents).to(device)))
         file = f"{number:02d}.mp4"
         write_mp4(storage.join(folder, file), frames, config.sampling.fps)
-        entries.append(
-            {
-                "prompt": prompt,
-                "file": file,
-                **sampled_from,
-                "seconds": time.monotonic() - started,
-                "seed": config.sampling.seed,
-                "first_frame": config.sampling.first_frame,
-            }
-        )
+        entries.append({"prompt": prompt, "file": file, "seconds": time.monotonic() - started, **settings})
     storage.write_json(storage.join(folder, "samples.json"), entries)
-    return f"{len(entries)} videos from {sampled_from['checkpoint'] or f'the start weights {path}'} in {folder}"
+    return f"{len(entries)} videos from {settings['checkpoint'] or f'the start weights {path}'} in {folder}"
 
 
-def _sampled_from(config: RunConfig, path: str) -> dict[str, str | None]:
-    """What samples.json says of the weights: of checkpoint and start weights, the other is None."""
-    match config.sampling.weights:
-        case "ema":
-            return {"weights": "ema", "checkpoint": path.rsplit("/", 1)[-1], "start_weights": None}
-        case "start":
-            return {"weights": "start", "checkpoint": None, "start_weights": path}
-        case _:
-            assert_never(config.sampling.weights)
+def _settings_entry(config: RunConfig, path: str) -> dict[str, Any]:
+    """What samples.json says of every video alike; of checkpoint and start weights, one is None."""
+    sampling, is_start = config.sampling, config.sampling.weights == "start"
+    return {
+        "prompt_suffix": sampling.prompt_suffix,
+        "negative_prompt": sampling.negative_prompt,
+        "weights": sampling.weights,
+        "checkpoint": None if is_start else path.rsplit("/", 1)[-1],
+        "start_weights": path if is_start else None,
+        "seed": sampling.seed,
+        "first_frame": sampling.first_frame,
+    }
 
 
 def require_something_to_sample(config: RunConfig) -> None:
@@ -116,12 +111,15 @@ def _require_short_prompts(config: RunConfig, text_encoder: TextEncoder) -> None
     Raises:
         ConfigError: with each prompt that is too long, its tokens and the limit.
     """
-    limit = config.text_encoder.max_tokens
-    counts = [(prompt, text_encoder.count_tokens(prompt)) for prompt in config.sampling.prompts]
-    too_long = [f"{prompt!r} has {count}" for prompt, count in counts if count > limit]
+    limit, sampling = config.text_encoder.max_tokens, config.sampling
+    setting = "sampling.prompts with sampling.prompt_suffix" if sampling.prompt_suffix else "sampling.prompts"
+    texts = [(setting, prompt + sampling.prompt_suffix) for prompt in sampling.prompts]
+    texts.append(("sampling.negative_prompt", sampling.negative_prompt))
+    counts = [(setting, text, text_encoder.count_tokens(text)) for setting, text in texts]
+    too_long = [f"{setting}: {text!r} has {count}" for setting, text, count in counts if count > limit]
     if too_long:
         raise ConfigError(
-            f"sampling.prompts: at most {limit} tokens (text_encoder.max_tokens, markers counted) are read, but "
+            f"sampling: at most {limit} tokens (text_encoder.max_tokens, markers counted) are read, but "
             f"{'; '.join(too_long)}. Shorten them; the limit is the one that the model was trained with."
         )
 
@@ -186,7 +184,12 @@ def _sample_prompt(
     text: tuple[TextFeatures, TextFeatures],
     first_latents: Tensor | None,
 ) -> Tensor:
-    """Normalised latents c t h w of one prompt, on the CPU; `text` is the prompt's and the null prompt's."""
+    """Normalised latents c t h w of one prompt, on the CPU.
+
+    Args:
+        prompt: as the user wrote it, without the suffix: it seeds the noise, so that a suffix alone is compared.
+        text: of the prompt with its suffix, and of the negative prompt.
+    """
     sampling, objective = config.sampling, config.objective
     generator = torch.Generator().manual_seed(derive_seed("sample", sampling.seed, prompt))
     with tqdm(desc=prompt[:48], unit="step") as bar:

@@ -54,6 +54,14 @@ class SamplingSettings(Settings):
     """The autoregressive pyramid sampler (arXiv 2410.05954)."""
 
     prompts: tuple[str, ...] = Field(default=(), description="One video per prompt.")
+    prompt_suffix: str = Field(
+        default="",
+        description="Appended to each prompt as it stands; PyramidFlow takes ', hyper quality, Ultra HD, 8K'.",
+    )
+    negative_prompt: str = Field(
+        default="",
+        description="What guidance leans away from, in all latents; empty is the prompt that training drops text for.",
+    )
     num_latents: PositiveInt = Field(default=8, description="Length in latents; frames = 8 (n - 1) + 1.")
     height_px: int = Field(default=128, gt=0, multiple_of=16, description="Height of the video.")
     width_px: int = Field(default=128, gt=0, multiple_of=16, description="Width of the video.")

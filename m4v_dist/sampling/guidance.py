@@ -1,6 +1,7 @@
 """Classifier-free guidance: how strong it is for a unit, and how two velocities become one.
 
-With guidance g the sampler follows null + g (text - null): 1 is the plain prompt, more leans away from the empty one.
+With guidance g the sampler follows null + g (text - null): 1 is the plain prompt, more leans away from the empty one,
+or from a negative prompt in its place.
 
 Source: Ho and Salimans (arXiv 2207.12598); PyramidFlow pyramid_dit/pyramid_dit_for_video_gen_pipeline.py at 3040d71
 (first and later units, linear decay).
@@ -36,7 +37,7 @@ def unit_guidance(unit: int, first: float, later: float, *, is_linear: bool = Fa
 
 
 def combine(null_velocity: Tensor, text_velocity: Tensor, guidance: float) -> Tensor:
-    """Follow the prompt away from the empty prompt: null + guidance * (text - null); c t h w each."""
+    """Follow the prompt away from the null prompt: null + guidance * (text - null); c t h w each."""
     return null_velocity + guidance * (text_velocity - null_velocity)
 
 
@@ -52,14 +53,14 @@ def guided_velocities(
 ) -> list[Tensor]:
     """Ask the model once for all prompts and combine the answers.
 
-    The columns are [every prompt with the empty text, every prompt with its own]; at guidance 1 the first half would be
+    The columns are [every prompt with the null text, every prompt with its own]; at guidance 1 the first half would be
     multiplied by 0, so it is not computed.
 
     Args:
         clips: per prompt, history old to new, then the noisy latent; c t h w each.
         levels: pyramid stage of each clip, the same for all prompts.
         text: per prompt.
-        null_text: the empty prompt.
+        null_text: the empty (or a negative) prompt.
         timestep: scalar float32 in [0, 1000].
         guidance: strength.
 

@@ -266,6 +266,41 @@ def test_a_prompt_longer_than_the_encoder_reads_is_exit_2_with_its_tokens_and_th
     assert not Path(run, "samples").exists()
 
 
+def test_the_suffix_s_tokens_count_and_a_long_negative_prompt_is_refused_too(run: str) -> None:
+    limit = sample_config(run).text_encoder.max_tokens
+    prompt, long = " ".join(["fox"] * (limit - 2)), " ".join(["grey"] * limit)
+    with pytest.raises(
+        ConfigError, match=f"at most {limit} .*prompts with sampling.prompt_suffix: 'fox .* red' has {limit + 1}"
+    ):
+        sample(sample_config(run, prompts=[prompt], prompt_suffix=" red"), False)
+    with pytest.raises(ConfigError, match=f"at most {limit} .* sampling.negative_prompt: 'grey .* has {limit + 2}"):
+        sample(sample_config(run, negative_prompt=long), False)
+    assert not Path(run, "samples").exists()
+
+
+@pytest.mark.parametrize(("guidance", "is_read"), [(3.0, True), (1.0, False)])
+def test_guidance_leans_away_from_the_negative_prompt(run: str, guidance: float, is_read: bool) -> None:
+    def video(**sampling: object) -> bytes:
+        strength = {"first_unit_guidance": guidance, "later_unit_guidance": guidance}
+        sample(sample_config(run, prompts=["a fox"], **strength, **sampling), False)
+        return storage.read_bytes(f"{run}/samples/00.mp4")
+
+    assert (video() != video(negative_prompt="blurred, grey")) == is_read
+    (entry,) = storage.read_json(f"{run}/samples/samples.json")
+    assert (entry["prompt"], entry["prompt_suffix"], entry["negative_prompt"]) == ("a fox", "", "blurred, grey")
+    assert video(prompt_suffix=", hyper quality") != video()
+
+
+@pytest.mark.parametrize("guided", ["first_unit_guidance", "later_unit_guidance"])
+def test_the_negative_prompt_is_read_in_the_first_latent_and_in_later_ones(run: str, guided: str) -> None:
+    strength = {"first_unit_guidance": 1.0, "later_unit_guidance": 1.0} | {guided: 3.0}
+    videos = set()
+    for negative_prompt in ("", "blurred, grey"):
+        sample(sample_config(run, prompts=["a fox"], negative_prompt=negative_prompt, **strength), False)
+        videos.add(storage.read_bytes(f"{run}/samples/00.mp4"))
+    assert len(videos) == 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_asked_for_and_not_there_is_exit_2(run: str) -> None:
     with pytest.raises(ConfigError, match="launch.use_gpu=false"):

@@ -73,7 +73,8 @@ def run(imported: str, tmp_path: Path) -> str:
 def _expected_mp4(config: RunConfig) -> bytes:
     """The first prompt's video by the sampler itself, with the weights as they were released."""
     codec, sampling = build_codec(config.codec), config.sampling
-    text, null_text = build_text_encoder(config.text_encoder).encode([sampling.prompts[0], ""])
+    texts = [sampling.prompts[0] + sampling.prompt_suffix, sampling.negative_prompt]
+    text, null_text = build_text_encoder(config.text_encoder).encode(texts)
     (latents,) = sample_latents(
         _model(config),
         [text],
@@ -92,8 +93,13 @@ def _expected_mp4(config: RunConfig) -> bytes:
     return encode_mp4(frames_to_uint8(codec.decode(codec.normalization.denormalize(latents))), sampling.fps)
 
 
-def test_an_imported_checkpoint_is_sampled_at_once_and_as_it_was_released(source: str, run: str) -> None:
-    config = _config(run, source)
+@pytest.mark.parametrize(
+    "sampling", [{}, {"prompt_suffix": ", Ultra HD", "negative_prompt": "blurred, grey"}], ids=["plain", "with texts"]
+)
+def test_an_imported_checkpoint_is_sampled_at_once_and_as_it_was_released(
+    source: str, run: str, sampling: dict[str, str]
+) -> None:
+    config = _config(run, source, **sampling)
     line = sample(config, False)
     path = f"{run}/warm_start/weights.safetensors"
     assert line == f"1 videos from the start weights {path} in {run}/samples"

@@ -170,6 +170,15 @@ def test_videos_that_began_with_a_given_picture_are_not_called_made_from_the_pro
     assert "Made from the prompt and a given first frame" in _render(run_folder)
 
 
+def test_suffix_and_negative_prompt_stand_beside_the_prompt(page: str, run_folder: Path) -> None:
+    assert "negative prompt" not in page
+    path = str(run_folder / "samples" / "samples.json")
+    texts = {"prompt_suffix": ", Ultra HD", "negative_prompt": "grey & blurred"}
+    storage.write_json(path, [entry | texts for entry in storage.read_json(path)])
+    words = " ".join(_render(run_folder).split())
+    assert "<strong>A white paper plane</strong>, Ultra HD<br> negative prompt: grey &amp; blurred<br>" in words
+
+
 def test_videos_of_start_weights_are_not_called_those_of_the_trained_model(page: str, run_folder: Path) -> None:
     assert "The averaged weights then made" in page and "averaged (EMA) weights" in page
     path = str(run_folder / "samples" / "samples.json")
