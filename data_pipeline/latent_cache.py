@@ -219,13 +219,31 @@ class LatentCache:
 
         Raises:
             CorruptRecordError: missing, cut short, or another checksum.
+            DataError: whole, but with the text of another encoder.
             OSError: the storage failed: the record may be whole.
         """
         try:
             data = storage.read_bytes(shard_path(self.path, row.shard), row.offset_bytes, row.size_bytes)
         except (EOFError, FileNotFoundError) as error:
             raise CorruptRecordError(row, str(error)) from error
-        return _parse_record(_require_checksum(data, row), row)
+        record = _parse_record(_require_checksum(data, row), row)
+        self._require_text(record.text, row)
+        return record
+
+    def _require_text(self, text: TextFeatures, row: IndexRow) -> None:
+        """Check that a record's text has the tokens of its index row, which are planned with, and the cache's widths.
+
+        No damage that is replaced and counted: whatever wrote the shard wrote all of it so.
+        """
+        found = (len(text.tokens), text.tokens.shape[-1], text.pooled.shape[-1])
+        wanted = (row.num_text_tokens, self.null_text.tokens.shape[-1], self.null_text.pooled.shape[-1])
+        if found != wanted:
+            raise DataError(
+                f"{row.source}/{row.key} in {shard_path(self.path, row.shard)}: its text has {found[0]} tokens of "
+                f"width {found[1]} and a pooled vector of width {found[2]}, but index and empty prompt of the cache "
+                f"say {wanted[0]}, {wanted[1]} and {wanted[2]}; another encoder wrote it: "
+                f"{self.how_to_redo([row.shard])}."
+            )
 
 
 def read_manifest(cache: str) -> dict[str, Any] | None:

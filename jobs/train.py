@@ -22,7 +22,7 @@ from jobs import cli
 from m4v_dist import storage
 from m4v_dist.config.load import config_from_json, config_to_json
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import ConfigError
+from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.latent_normalization import LatentNormalization
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
@@ -201,19 +201,35 @@ def check_data(config: RunConfig) -> LatentLoader:
 
     Raises:
         ConfigError: codec or text encoder are not those that the model is made for.
-        DataError: see `LatentCache.open` and `LatentLoader.enter`.
+        DataError: a text of more tokens than the encoder gives; see `LatentCache.open` and `LatentLoader.enter`.
     """
     codec = build_codec(config.codec)
     fingerprint = codec.fingerprint() | text_encoder_fingerprint(config.text_encoder)
     cache = LatentCache.open(config.precompute.cache, fingerprint)
     require_channels(config.model, codec.latent_channels, codec.name)
     require_text_widths(config.model, cache.null_text, "the cache's text")
+    _require_short_texts(config, cache)
     loader = build_loader(config, cache, 0, config.launch.num_workers)
     for index in range(len(config.curriculum)):
         loader.enter(index, 0)
     loader.held_out()
     build_on_meta(config.model, config.kernels)
     return loader
+
+
+def _require_short_texts(config: RunConfig, cache: LatentCache) -> None:
+    """Refuse texts that this run's encoder would have cut: their tokens are planned and trained with as they are.
+
+    The encoder's own are never longer. What the index says is what a record must hold (`LatentCache.read`).
+    """
+    limit = config.text_encoder.max_tokens
+    rows = [row for source in config.sources for row in cache.rows(source.name) if row.num_text_tokens > limit]
+    if rows:
+        raise DataError(
+            f"{cache.path}: {len(rows)} records have more text tokens than text_encoder.max_tokens={limit}, the first "
+            f"is {rows[0].source}/{rows[0].key} with {rows[0].num_text_tokens}; another program wrote them: "
+            f"{cache.how_to_redo(row.shard for row in rows)}."
+        )
 
 
 def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:

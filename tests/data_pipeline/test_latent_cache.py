@@ -75,6 +75,30 @@ def test_a_flipped_bit_and_a_cut_tail_are_named(tmp_path: Path) -> None:
         cache.read(row)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "pooled", "numbers"),
+    [
+        ((3, 5), 6, "3 tokens of width 5 and a pooled vector of width 6"),
+        ((3, 6), 7, "3 tokens of width 6 and a pooled vector of width 7"),
+        ((9, 6), 6, "9 tokens of width 6 and a pooled vector of width 6"),
+    ],
+)
+def test_a_record_with_text_of_another_encoder_is_named_with_the_numbers_and_the_way_out(
+    tmp_path: Path, tokens: tuple[int, int], pooled: int, numbers: str
+) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    writer = CacheShardWriter(folder, "vid")
+    text = TextFeatures(torch.ones(tokens), torch.ones(pooled))
+    writer.add(made_row(SOURCES[0], 0), CacheRecord(torch.zeros(4, 3, 8, 8).bfloat16(), text))
+    writer.commit({})
+    cache = LatentCache.open(folder, FINGERPRINT)
+    with pytest.raises(
+        DataError,
+        match=f"vid/vid000 in .*vid.tar: its text has {numbers}, but .* say 3, 6 and 6; .* remove .*vid.parquet",
+    ):
+        cache.read(cache.rows("vid")[0])
+
+
 def test_a_cache_of_another_encoder_is_refused_by_the_field(tmp_path: Path) -> None:
     folder = make_cache(str(tmp_path), SOURCES)
     with pytest.raises(DataError, match="codec_weights_sha256: cache has 'aa', run has 'zz'") as caught:

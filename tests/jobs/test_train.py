@@ -5,14 +5,18 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipeline.latent_cache import CacheRecord, CacheShardWriter, LatentCache, index_path
+from data_pipeline.manifest import read_index, write_index
 from jobs import cli
 from jobs.train import check_run_folder, train
 from m4v_dist import storage
+from m4v_dist.batch import TextFeatures
 from m4v_dist.config.load import config_to_json, parse_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
@@ -91,6 +95,37 @@ def test_a_model_for_other_text_is_refused_with_the_width_to_set(cache: str, tmp
     values["model"]["text_width"] = 100
     with pytest.raises(ConfigError, match=r"text_width=100.*384"):
         train(parse_config(values, where="test"), False)
+
+
+def test_a_text_longer_than_the_encoder_gives_is_exit_3_with_its_record_and_both_numbers(
+    cache: str, tmp_path: Path
+) -> None:
+    other = str(shutil.copytree(cache, tmp_path / "cache"))
+    rows, notes = read_index(index_path(other, "clips"))
+    write_index(
+        index_path(other, "clips"), [replace(row, num_text_tokens=126 + n) for n, row in enumerate(rows)], notes
+    )
+    with pytest.raises(
+        DataError,
+        match=r"5 records .*max_tokens=128, the first is clips/clips003 with 129; .* remove .*/index/clips.parquet",
+    ):
+        train(small_config(str(tmp_path / "run"), other), False)
+
+
+def test_a_held_out_record_with_text_of_another_width_is_exit_3_before_any_worker(cache: str, tmp_path: Path) -> None:
+    """The model would fail on it with a column's number and no key."""
+    other = str(shutil.copytree(cache, tmp_path / "cache"))
+    whole = LatentCache.open(other)
+    records = [(row, whole.read(row)) for row in whole.rows("unseen")]
+    writer = CacheShardWriter(other, "unseen")
+    for row, record in records:
+        narrow = TextFeatures(record.text.tokens[:, :100], record.text.pooled)
+        writer.add(row, CacheRecord(record.latents, narrow))
+    writer.commit({})
+    with pytest.raises(
+        DataError, match=r"unseen/unseen00\d in .*: its text has \d tokens of width 100 .* say \d, 384 and"
+    ):
+        train(small_config(str(tmp_path / "run"), other), False)
 
 
 def test_a_run_folder_of_another_model_is_refused(cache: str, tmp_path: Path) -> None:
