@@ -6,7 +6,7 @@ to bfloat16 is wrong after a few hundred tokens.
 Source: Mamba-2 (Dao & Gu 2024), listing 1, for the chunked form; segments, gate and initial state are ours.
 
 Legend: `b` batch, `l` tokens, `h` heads, `p` head width, `g` groups, `r` heads of a group, `n` state size,
-`c` chunks, `q` `k` query and key token in a chunk, `s` segments.
+`c` chunks, `q` `k` query and key token in a chunk, `i` `j` chunk borders, `s` segments.
 """
 
 import torch
@@ -70,136 +70,63 @@ def ssd_scan_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Scan by chunks: matrix products inside a chunk, one small product between chunks. As `scan.ssd_scan`.
 
-    Segments need no loop: a pair of tokens, or of chunks, counts only if both lie in one segment. All exponents are
-    differences of float64 sums that begin anew with each segment, so never positive, and no other segment has a part
-    in their rounding: what a segment gives and gets is the same bits whatever lies beside it.
+    Segments are scanned one after the other, each in chunks of its own. So what a segment gives and gets is the same
+    bits whatever lies beside it, NaN and infinity included: a mask would multiply them by zero, and zero times NaN is
+    NaN. All exponents are differences of float64 sums, and never positive.
     """
     dtype = _compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        l = x.shape[1]
-        chunk_size = min(chunk_size, l)
-        dts = _step_sizes(dt, dt_bias, dt_softplus, dtype)
-        xs = x.to(dtype)
-        segment = _segment_of_token(cu_seqlens, l, x.device)
-        # Padding repeats the last segment with dt = 0: it neither decays nor feeds a state, so the final state stands.
-        pad = -l % chunk_size
-        chunked = _Chunks(
-            x=_chunk(xs * dts[..., None], chunk_size, pad),
-            log_decay=_chunk(dts * A.to(dtype), chunk_size, pad),
-            B=_chunk(B.to(dtype), chunk_size, pad),
-            C=_chunk(C.to(dtype), chunk_size, pad),
-            segment=F.pad(segment[None, None], (0, pad), mode="replicate")[0, 0].view(-1, chunk_size),
-        )
-        entering = chunked.entering_states(initial_state if cu_seqlens is None else None)  # b c+1 h p n
-        y = chunked.within() + chunked.from_states(entering[:, :-1])  # b c q h p
-        y = rearrange(y, "b c q h p -> b (c q) h p")[:, :l]
-        if cu_seqlens is None:
-            final_state = entering[:, -1]
-        else:
-            final_state = chunked.segment_end_states(entering, cu_seqlens)
-            if initial_state is not None:
-                total, tokens = _initial_share(chunked, initial_state.to(dtype), cu_seqlens, l)
-                y, final_state = y + tokens, final_state + total
-        y = _skip_and_gate(y, xs, D, z)
-        return y.to(x.dtype), final_state
+        xs, dts = x.to(dtype), _step_sizes(dt, dt_bias, dt_softplus, dtype)
+        Bs, Cs, As = B.to(dtype), C.to(dtype), A.to(dtype)
+        bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+        outputs: list[Tensor] = []
+        finals: list[Tensor] = []
+        for segment, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            state = _start_state(initial_state, None if cu_seqlens is None else segment, xs, B.shape[3])
+            part = slice(start, end)
+            y, final = _scan_segment(
+                xs[:, part], dts[:, part], As, Bs[:, part], Cs[:, part], state, min(chunk_size, end - start)
+            )
+            outputs.append(y)
+            finals.append(final)
+        y = _skip_and_gate(torch.cat(outputs, dim=1), xs, D, z)
+        return y.to(x.dtype), torch.cat(finals)
 
 
-class _Chunks:
-    """A sequence cut into chunks, with the sums of log decay inside each.
-
-    Args:
-        x: b c q h p, already times dt.
-        log_decay: b c q h, dt A.
-        B: b c q g n.
-        C: b c q g n.
-        segment: c q, int64.
-    """
-
-    def __init__(self, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, segment: Tensor) -> None:
-        groups = B.shape[3]
-        self.x = rearrange(x, "b c q (g r) p -> b c g r q p", g=groups)
-        self.B = rearrange(B, "b c q g n -> b c g q n")
-        self.C = rearrange(C, "b c q g n -> b c g q n")
-        self.segment = segment
-        self.log_decay = log_decay
-        sums = _segment_sums(log_decay.double(), segment)  # b c q h
-        self.sums = rearrange(sums.to(x.dtype), "b c q (g r) -> b c g r q", g=groups)
-        self.totals = sums[:, :, -1]  # b c h, float64
-
-    def within(self) -> Tensor:
-        """What the tokens of a chunk give one another: b c q h p."""
-        length = self.segment.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.x.device).tril()
-        related = causal & (self.segment[:, :, None] == self.segment[:, None, :])  # c q k
-        difference = self.sums[..., :, None] - self.sums[..., None, :]  # b c g r q k
-        # Masked before exp: above the diagonal the difference is positive and would overflow.
-        decay = difference.masked_fill(~related[None, :, None, None], float("-inf")).exp()
-        scores = self.C @ self.B.transpose(-1, -2)  # b c g q k
-        y = (decay * scores[:, :, :, None]) @ self.x  # b c g r q p
-        return rearrange(y, "b c g r q p -> b c q (g r) p")
-
-    def entering_states(self, initial_state: Tensor | None) -> Tensor:
-        """State in front of each chunk and after the last one: b c+1 h p n."""
-        last = self.segment[:, -1]  # c
-        same = (self.segment == last[:, None])[None, :, None, None]  # 1 c 1 1 q
-        to_end = (self.sums[..., -1:] - self.sums).masked_fill(~same, float("-inf")).exp()
-        added = (self.x * to_end[..., None]).transpose(-1, -2) @ self.B[:, :, :, None]  # b c g r p n
-        added = rearrange(added, "b c g r p n -> b c (g r) p n")
-        if initial_state is None:
-            first = torch.zeros_like(added[:, :1])
-        else:
-            first = initial_state[:, None].to(added.dtype)
-        sources = torch.cat([first, added], dim=1)  # b c+1 h p n
-        # Row i: state after i chunks; column j: source j, which sits at the end of chunk j - 1.
-        owner = torch.cat([self.segment[:1, 0], last])  # c+1
-        continues = (owner[1:] == owner[:-1])[:, None]  # c 1
-        steps = F.pad(torch.where(continues, self.totals, 0), (0, 0, 1, 0))  # b c+1 h
-        until = _segment_sums(steps[:, None], owner[None])[:, 0]
-        difference = until[:, :, None] - until[:, None, :]  # b i j h
-        count = owner.numel()
-        causal = torch.ones(count, count, dtype=torch.bool, device=owner.device).tril()
-        related = causal & (owner[:, None] == owner[None, :])
-        weight = difference.masked_fill(~related[None, :, :, None], float("-inf")).exp().to(added.dtype)
-        return torch.einsum("bijh,bjhpn->bihpn", weight, sources)
-
-    def from_states(self, states: Tensor) -> Tensor:
-        """What the state in front of a chunk gives its tokens: b c q h p."""
-        groups = self.B.shape[2]
-        states = rearrange(states, "b c (g r) p n -> b c g r p n", g=groups)
-        owner = torch.cat([self.segment[:1, 0], self.segment[:-1, -1]])  # c
-        same = (self.segment == owner[:, None])[None, :, None, None]  # 1 c 1 1 q
-        decay = self.sums.masked_fill(~same, float("-inf")).exp()  # b c g r q
-        y = (self.C[:, :, :, None] @ states.transpose(-1, -2)) * decay[..., None]  # b c g r q p
-        return rearrange(y, "b c g r q p -> b c q (g r) p")
-
-    def segment_end_states(self, entering: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """State after the last token of each segment: s h p n."""
-        groups, length = self.B.shape[2], self.segment.shape[1]
-        end = cu_seqlens[1:].long() - 1  # s
-        chunk, offset = end // length, end % length
-        number = torch.arange(end.numel(), device=end.device)
-        within = torch.arange(length, device=end.device)
-        mine = (self.segment[chunk] == number[:, None]) & (within <= offset[:, None])  # s q
-        sums = self.sums[0, chunk]  # s g r q
-        at_end = sums.gather(-1, offset[:, None, None, None].expand(*sums.shape[:-1], 1))  # s g r 1
-        decay = (at_end - sums).masked_fill(~mine[:, None, None], float("-inf")).exp()
-        added = (self.x[0, chunk] * decay[..., None]).transpose(-1, -2) @ self.B[0, chunk][:, :, None]  # s g r p n
-        owner = torch.cat([self.segment[:1, 0], self.segment[:-1, -1]])[chunk]  # s
-        carried = at_end.masked_fill((owner != number)[:, None, None, None], float("-inf")).exp()
-        before = rearrange(entering[0, chunk], "s (g r) p n -> s g r p n", g=groups)
-        return rearrange(added + carried[..., None] * before, "s g r p n -> s (g r) p n")
-
-
-def _initial_share(chunks: _Chunks, initial_state: Tensor, cu_seqlens: Tensor, l: int) -> tuple[Tensor, Tensor]:
-    """What the segments' initial states add to their final states (s h p n) and to the tokens (1 l h p)."""
-    segment = _segment_of_token(cu_seqlens, l, initial_state.device)
-    log_decay = rearrange(chunks.log_decay, "1 c q h -> 1 1 (c q) h")[:, :, :l].double()
-    decay = _segment_sums(log_decay, segment[None])[0, 0].exp().to(initial_state.dtype)  # l h
-    C = rearrange(chunks.C, "1 c g q n -> (c q) g n")[:l].repeat_interleave(chunks.x.shape[3], dim=1)  # l h n
-    # One product of all tokens with all states, then each token takes its own segment's: no Python loop, no l h p n.
-    tokens = torch.einsum("lhn,lsh,shpn->lhp", C, F.one_hot(segment)[..., None] * decay[:, None], initial_state)
-    total = decay[cu_seqlens[1:].long() - 1][:, :, None, None] * initial_state
-    return total, tokens[None]
+def _scan_segment(
+    x: Tensor,  # b l h p
+    dt: Tensor,  # b l h
+    A: Tensor,  # h
+    B: Tensor,  # b l g n
+    C: Tensor,  # b l g n
+    state: Tensor,  # b h p n, in front of the first token
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """One segment: y, b l h p, without skip and gate, and the state after its last token, b h p n."""
+    l, groups = x.shape[1], B.shape[2]
+    # Padding has dt = 0: it neither decays nor feeds a state, so the final state stands.
+    pad = -l % chunk_size
+    x = rearrange(_chunk(x * dt[..., None], chunk_size, pad), "b c q (g r) p -> b c g r q p", g=groups)
+    B = rearrange(_chunk(B, chunk_size, pad), "b c q g n -> b c g q n")
+    C = rearrange(_chunk(C, chunk_size, pad), "b c q g n -> b c g q n")
+    decay_sums = _chunk(dt * A, chunk_size, pad).double().cumsum(2)  # b c q h
+    sums = rearrange(decay_sums.to(x.dtype), "b c q (g r) -> b c g r q", g=groups)
+    # What the tokens of a chunk give one another. Masked before exp: above the diagonal it would overflow.
+    causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()
+    decay = (sums[..., :, None] - sums[..., None, :]).masked_fill(~causal, float("-inf")).exp()  # b c g r q k
+    scores = C @ B.transpose(-1, -2)  # b c g q k
+    y = (decay * scores[:, :, :, None]) @ x  # b c g r q p
+    # What each chunk adds to the state, and the state in front of each chunk and after the last.
+    added = (x * (sums[..., -1:] - sums).exp()[..., None]).transpose(-1, -2) @ B[:, :, :, None]  # b c g r p n
+    sources = torch.cat([state[:, None], rearrange(added, "b c g r p n -> b c (g r) p n")], dim=1)  # b c+1 h p n
+    until = F.pad(decay_sums[:, :, -1].cumsum(1), (0, 0, 1, 0))  # b c+1 h, float64
+    count = until.shape[1]
+    earlier = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()[:, :, None]
+    weight = (until[:, :, None] - until[:, None, :]).masked_fill(~earlier, float("-inf")).exp()  # b i j h
+    states = torch.einsum("bijh,bjhpn->bihpn", weight.to(x.dtype), sources)
+    entering = rearrange(states[:, :-1], "b c (g r) p n -> b c g r p n", g=groups)
+    y = y + (C[:, :, :, None] @ entering.transpose(-1, -2)) * sums.exp()[..., None]
+    return rearrange(y, "b c g r q p -> b (c q) (g r) p")[:, :l], states[:, -1]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -224,30 +151,6 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
     if D is not None:
         y = y + D.to(y.dtype)[:, None] * x
     return y if z is None else y * F.silu(z.to(y.dtype))
-
-
-def _segment_of_token(cu_seqlens: Tensor | None, l: int, device: torch.device) -> Tensor:
-    """Number of the segment that each token lies in: l, int64."""
-    position = torch.arange(l, device=device)
-    if cu_seqlens is None:
-        return torch.zeros_like(position)
-    return torch.bucketize(position, cu_seqlens[1:-1].long(), right=True)
-
-
-def _segment_sums(values: Tensor, segment: Tensor) -> Tensor:
-    """Sum of each token and those before it in its segment, by doubling; segments are runs of equal numbers.
-
-    Args:
-        values: b c q h.
-        segment: c q.
-    """
-    reach = 1
-    while reach < segment.shape[1]:
-        same = (segment[:, reach:] == segment[:, :-reach])[:, :, None]
-        added = values[:, :, reach:] + torch.where(same, values[:, :, :-reach], 0)
-        values = torch.cat([values[:, :, :reach], added], dim=2)
-        reach *= 2
-    return values
 
 
 def _chunk(tensor: Tensor, chunk_size: int, pad: int) -> Tensor:

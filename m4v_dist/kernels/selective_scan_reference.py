@@ -64,35 +64,26 @@ def selective_scan_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Scan by chunks: log2(q) vector steps inside a chunk, one state handed on. As `selective_scan.selective_scan`.
 
-    A segment's first token gets decay 0, and what its initial state would have given it as an addition: so nothing
-    passes a border, and segments need no loop. Every factor is a decay, so at most 1: nothing overflows. The states of
-    a chunk are not kept for backward but computed again.
+    Segments are scanned one after the other, each in chunks of its own, so that nothing passes a border, not even NaN.
+    Every factor is a decay, so at most 1: nothing overflows. The states of a chunk are not kept for backward but
+    computed again.
     """
     dtype = _compute_dtype(u)
     with torch.autocast(u.device.type, enabled=False):
         us, As, Bs, Cs = (tensor.to(dtype) for tensor in (u, A, B, C))
         dts = _step_sizes(dt, dt_bias, dt_softplus, dtype)
-        starts = torch.zeros(1, dtype=torch.int64, device=u.device) if cu_seqlens is None else cu_seqlens[:-1].long()
-        ends = starts + u.shape[1] if cu_seqlens is None else cu_seqlens[1:].long()
-        if initial_state is None:
-            first = us.new_zeros(us.shape[0] if cu_seqlens is None else ends.numel(), *As.shape)
-        else:
-            first = initial_state.to(dtype)
-        if cu_seqlens is None:
-            state, finals = first, None
-        else:
-            state, finals = torch.zeros_like(first[:1]), torch.zeros_like(first)
+        bounds = [0, u.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+        states = _first_states(initial_state, us, As, len(bounds) - 1, is_packed=cu_seqlens is not None)
         outputs: list[Tensor] = []
-        for at in range(0, u.shape[1], chunk_size):
-            part = slice(at, at + chunk_size)
-            chunk = (dts[:, part], us[:, part], As, Bs[:, part], Cs[:, part])
-            if finals is None:
-                y, state, _ = _run(_chunk, *chunk, state, None, None, None)
-            else:
-                y, state, finals = _run(_chunk, *chunk, state, (starts - at, ends - 1 - at), first, finals)
-            outputs.append(y)
+        finals: list[Tensor] = []
+        for state, start, end in zip(states, bounds, bounds[1:], strict=False):
+            for at in range(start, end, chunk_size):
+                part = slice(at, min(at + chunk_size, end))
+                y, state = _run(_chunk, dts[:, part], us[:, part], As, Bs[:, part], Cs[:, part], state)
+                outputs.append(y)
+            finals.append(state)
         y = _skip_and_gate(torch.cat(outputs, dim=1), us, D, z)
-        return y.to(u.dtype), state if finals is None else finals
+        return y.to(u.dtype), torch.cat(finals)
 
 
 def _run(function, *args):  # type: ignore[no-untyped-def]
@@ -108,21 +99,11 @@ def _chunk(
     B: Tensor,  # b q n
     C: Tensor,  # b q n
     entering: Tensor,  # b d n
-    borders: tuple[Tensor, Tensor] | None,  # first and last token of each segment, counted from the chunk's first
-    first: Tensor | None,  # s d n
-    finals: Tensor | None,  # s d n, of segments that ended before
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs of one chunk, b q d; the state after it, b d n; and `finals` with the segments that end in it."""
+) -> tuple[Tensor, Tensor]:
+    """Outputs of one chunk, b q d; and the state after it, b d n."""
     length = u.shape[1]
     decay = torch.exp(dt[..., None] * A)  # b q d n
     state = (dt * u)[..., None] * B[:, :, None]  # b q d n
-    if borders is not None:
-        assert first is not None
-        token = torch.arange(length, device=u.device)
-        owner = torch.bucketize(token, borders[0], right=True) - 1  # q, segment of each token
-        is_first = (borders[0][owner] == token)[:, None, None]  # q 1 1
-        state = state + torch.where(is_first, decay * first[owner], 0)
-        decay = torch.where(is_first, 0, decay)
     reach = 1
     while reach < length:
         # Each token's pair spans `reach` tokens: join it with the pair that ends where it begins.
@@ -132,12 +113,7 @@ def _chunk(
         reach *= 2
     state = state + decay * entering[:, None]
     y = (state * C[:, :, None]).sum(dim=-1)
-    if borders is not None:
-        assert finals is not None
-        ends = borders[1]
-        is_here = ((ends >= 0) & (ends < length))[:, None, None]
-        finals = torch.where(is_here, state[0].index_select(0, ends.clamp(0, length - 1)), finals)
-    return y, state[:, -1], finals
+    return y, state[:, -1]
 
 
 def _compute_dtype(u: Tensor) -> torch.dtype:

@@ -1,7 +1,6 @@
 """What may move what in one mixer: no column another, no later frame an earlier one, the second text copy anything.
 
-"Not" means a difference of exactly 0: a decay that is masked multiplies by zero, and no sum that crosses a border is
-subtracted again.
+"Not" means a difference of exactly 0, and NaN and infinity stay in their column too.
 """
 
 from typing import Any
@@ -60,6 +59,31 @@ def test_no_column_moves_another_by_a_single_bit(kind: str, variant: str) -> Non
             moved = _moved(before[part], after[part])
             assert moved[slice(*mine)].all()
             assert moved.sum() == mine[1] - mine[0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize(("kind", "variant"), CASES)
+def test_nan_and_overflow_stay_in_their_column_forward_and_backward(kind: str, variant: str, bad: float) -> None:
+    layout, mixer = mixed_layout(), _mixer(kind, variant)
+    text, video = _tokens(layout)
+    span = layout.spans[1]
+
+    def run(spoil: float | None) -> list[Tensor]:
+        """Outputs and input gradients of all tokens that are not the column's."""
+        inputs = [tokens.clone() for tokens in (text, video)]
+        if spoil is not None:
+            inputs[0][span.text[0]] = inputs[1][span.video[0]] = spoil
+        inputs = [tokens.requires_grad_() for tokens in inputs]
+        outputs = mixer(*inputs, layout)
+        sum(output.square().sum() for output in outputs).backward()
+        kept = []
+        for tensors in (outputs, [tokens.grad for tokens in inputs]):
+            for tokens, mine in zip(tensors, (span.text, span.video), strict=True):
+                kept.append(torch.cat([tokens[: mine[0]], tokens[mine[1] :]]))
+        return kept
+
+    for clean, spoilt in zip(run(None), run(bad), strict=True):
+        assert torch.equal(clean, spoilt)
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)

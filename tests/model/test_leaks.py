@@ -35,6 +35,19 @@ def test_no_column_moves_another_by_a_single_bit(variant: str) -> None:
             assert moved == [other == number for other in range(len(columns))]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_column_that_is_not_finite_spoils_no_other_velocity(variant: str, bad: float) -> None:
+    model = _perturbed(TINY.model_copy(update=VARIANTS[variant]))
+    columns = _columns()
+    spoilt = replace(columns[1], clips=(*columns[1].clips[:-1], torch.full_like(columns[1].clips[-1], bad)))
+    with torch.no_grad():
+        before = model(ModelInput(columns))
+        after = model(ModelInput((columns[0], spoilt, *columns[2:])))
+    same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert same == [number != 1 for number in range(len(columns))]
+
+
 def _tokens_after_blocks(model: nn.Module, column: Column) -> list[tuple[Tensor, Tensor]]:
     """Text and video tokens after the double blocks, then after each unified block."""
     num_text = column.text.tokens.shape[0]
