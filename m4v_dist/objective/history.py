@@ -33,9 +33,11 @@ def choose_unit(
     """Choose the unit that a member of a sync group trains: deterministic, and balanced in tokens.
 
     The members of a group read the same clip, so together they train many of its units at once. The finest stage walks
-    the units upwards, coarser stages downwards, so that a row of all stages has about the same tokens whatever its
-    member. The walk wraps, so `num_units` turns of the group train each unit `group_size` times, also when `group_size`
-    does not divide `num_units` or exceeds it. Where it divides, this is the choice of the reference (see
+    the units upwards, coarser stages downwards. A group is at one stage, so its members' units differ widely in tokens;
+    but a member of all stages' groups together, a row, has about the same tokens whichever member it is.
+
+    The walk wraps, so `num_units` turns of the group train each unit `group_size` times, also when `group_size` does
+    not divide `num_units` or exceeds it. Where it divides, this is the choice of the reference (see
     `choose_unit_of_reference`).
 
     Args:

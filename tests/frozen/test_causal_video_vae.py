@@ -27,11 +27,6 @@ def network(tensors: dict[str, Tensor]) -> CausalVideoVae:
     return golden_network(tensors)
 
 
-@pytest.fixture(scope="module")
-def tiled(tensors: dict[str, Tensor]) -> CausalVideoVae:
-    return golden_network(tensors, tile_px=TILE_PX)
-
-
 def longest_latents(tensors: dict[str, Tensor]) -> Tensor:
     return max(
         (tensors[name] for name in tensors if name.startswith("in.latents")), key=lambda latents: latents.shape[2]
@@ -45,10 +40,10 @@ def longest_frames(tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("num_latents", CHUNKS)
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_every_golden_output_is_met(
-    name: str, num_latents: int | None, network: CausalVideoVae, tiled: CausalVideoVae, tensors: dict[str, Tensor]
+    name: str, num_latents: int | None, network: CausalVideoVae, tensors: dict[str, Tensor]
 ) -> None:
     kind, _, how = re.fullmatch(r"out\.(encode|decode)_(frames|latents)\d+_?(.*)", name).groups()  # type: ignore[union-attr]
-    used = tiled if how == "tiled" else network
+    used = golden_network(tensors, tile_px=TILE_PX) if how == "tiled" else network
     if kind == "encode":
         assert how in ("", "tiled") or how.startswith("window")
         found = used.encode(tensors[f"in.frames{num_in(name)}"], num_latents=num_latents)
@@ -112,9 +107,9 @@ def test_nothing_looks_ahead(network: CausalVideoVae) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("is_tiled", [False, True])
 def test_the_last_latent_decodes_as_in_the_whole_with_a_gradient_to_it_alone(
-    is_tiled: bool, recompute: bool, network: CausalVideoVae, tiled: CausalVideoVae, tensors: dict[str, Tensor]
+    is_tiled: bool, recompute: bool, network: CausalVideoVae, tensors: dict[str, Tensor]
 ) -> None:
-    used = tiled if is_tiled else network
+    used = golden_network(tensors, tile_px=TILE_PX) if is_tiled else network
     latents = longest_latents(tensors)
     whole = latents.clone().requires_grad_()
     end = used.decode(whole)[:, :, -8:]

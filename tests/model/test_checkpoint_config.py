@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 
+from m4v_dist.config.model_settings import ModelSettings
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.model.checkpoint_config import check_released_config
-from tests.conftest import GOLDEN
-from tests.model.golden_transformer import settings_of
 
-CONFIG: dict[str, Any] = json.loads((GOLDEN / "pyramid_flux_transformer.json").read_text())["config"]
-OURS = settings_of(CONFIG, num_single_blocks=4, mixer="ssm")
-FITTING = CONFIG | {"num_single_layers": 4}
+OURS = ModelSettings(
+    hidden_size=128, num_heads=2, num_double_blocks=2, num_single_blocks=4, text_width=64, pooled_width=32,
+    temporal_width=32, temporal_heads=2, mixer="ssm", ssm={"head_dim": 32, "state_dim": 16},
+)  # fmt: skip
+FITTING: dict[str, Any] = {
+    "axes_dims_rope": [16, 24, 24], "num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 2,
+    "num_single_layers": 4, "in_channels": 64, "joint_attention_dim": 64, "pooled_projection_dim": 32,
+    "use_temporal_causal": True, "_class_name": "PyramidFluxTransformer",
+}  # fmt: skip
 
 
 def _write(folder: Path, config: Any) -> None:
