@@ -3,15 +3,16 @@
 A unified block has no output projection of its own attention: proj_out[:, :d] is it, and stays where it is, so a
 mixer's out_proj becomes the mean of its copies of the values.
 
-- mil has a place for every weight, and so computes attention's own v, k, q. What it does with them is a scan.
+- mil has a place for every weight, and so computes attention's own v, k, q. Its gate starts open, D at zero, and its
+  norm brings the output near attention's size: it starts as causal linear attention with decays.
 - mamba2 has one B and C for all heads: the mean of the heads' rows, each times its norm's weight; values stand
   `expand` times.
 - mamba1 makes B, C and dt from the convolved x, not from the token: keys and queries have no place and are left out.
 
-What is not attention's afterwards: dt and the decays are fresh; so is the gate, and a fresh silu(z) turns the sign of
-a value where z is negative; positions are order alone; the gated norm of mil and mamba2 brings the output to RMS 1,
-whatever attention's was; the fresh taps of mamba2 and mamba1 mix neighbours with random signs, and a SiLU bends what
-comes out (mil's taps start as the identity, without SiLU).
+What is not attention's afterwards: dt and the decays are fresh, and positions are order alone. In mamba2 and mamba1
+the gate is fresh too, and a fresh silu(z) turns the sign of a value where z is negative (no bias could open it); their
+fresh taps mix neighbours with random signs, and a SiLU bends what comes out; mamba2's gated norm brings the output to
+RMS 1, whatever attention's was. mil's taps start as the identity, without SiLU.
 
 Source: Mamba-in-the-Llama (Wang et al. 2024), section 3 and code at jxiw/MambaInLlama, for v, k, q to x, B, C.
 
@@ -20,6 +21,7 @@ Legend: `d` width, `e` inner width, `h` attention heads, `p` their width, `n` st
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -30,6 +32,11 @@ from m4v_dist.blocks.mamba1_mixer import Mamba1Mixer
 from m4v_dist.blocks.ssm_mixer import MilMixer, SsmMixer
 
 State = Literal["loaded", "mapped", "set"]
+OPEN_GATE = 1.2785
+"""z whose silu is 1."""
+SHARE_OF_VALUES = 0.3
+"""Size of mil's output beside the values, chosen on a tiny model: attention's is about 0.6 of theirs there, and of what
+the scan gives a part alone points the same way."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +110,34 @@ def _to_mil(mixer: MilMixer) -> list[Part]:
         for rows, source in (("x", "to_v"), ("B", "to_k"), ("C", "to_q"))
     ]
     norms = (("norm_B", "norm_k"), ("norm_C", "norm_q"))
-    return parts + [
+    parts += [
         Part(f"{norm}.weight", slice(None), "mapped", (f"{source}.weight",), f"{norm} <- {source}", _same)
         for norm, source in norms
     ]
+    return parts + _open(mixer)
+
+
+def _open(mixer: MilMixer) -> list[Part]:
+    """Gate and skip, which attention has not, put out of the way; and the norm, at attention's size."""
+    z, width = mixer.rows["z"], mixer.settings.head_dim
+    open_gate = OPEN_GATE if mixer.settings.gate == "silu" else 0.0
+
+    def share_of_values(_: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return repeat(SHARE_OF_VALUES * _rms_of_heads(weight, bias, width), "h -> (h p)", p=width)
+
+    fill_gate = partial(torch.full_like, fill_value=open_gate)
+    rule = f"{SHARE_OF_VALUES} of the RMS of a head's values"
+    return [
+        Part("in_proj.weight", z, "set", (), "gate open: zero", torch.zeros_like),
+        Part("in_proj.bias", z, "set", (), f"gate open: z = {open_gate}", fill_gate),
+        Part("D", slice(None), "set", (), "zero: no skip", torch.zeros_like),
+        Part("norm_weight", slice(None), "mapped", ("to_v.weight", "to_v.bias"), rule, share_of_values),
+    ]
+
+
+def _rms_of_heads(weight: Tensor, bias: Tensor, width: int) -> Tensor:
+    """RMS of each head's channels over white inputs of RMS 1: h."""
+    return rearrange(weight.square().sum(1) + bias.square(), "(h p) -> h p", p=width).mean(1).sqrt()
 
 
 def _to_mamba2(mixer: SsmMixer, head_width: int) -> list[Part]:

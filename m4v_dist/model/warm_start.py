@@ -2,8 +2,8 @@
 
 Outside the unified blocks' mixers all is PyramidFlow's and is loaded as it is. A mixer of attention is loaded as it is
 too; an SSM's is filled by `attention_to_ssm.py`; in a parallel block attention is loaded, and the SSM beside it filled
-with its output closed. What no weight of PyramidFlow's fills (registers, temporal branch, an SSM's dt, A, D and gate)
-stays as `build_model` drew it from the seed.
+with its output closed. What no weight of PyramidFlow's and no rule fills (registers, temporal branch, dt and A, of
+mamba2 and mamba1 D and gate too) stays as `build_model` drew it from the seed.
 
 The plan needs names and shapes only, so it is made, checked and reported before a tensor is read. Tensors are then read
 one at a time: beside the model, memory holds the sources of one parameter.

@@ -7,8 +7,8 @@ without them all that text and history tell a frame goes through the mixers that
 It is faster on the clips that the source learnt, with draws that none is trained on. A source of two clips has nothing
 to hand on to others: on two held-out clips, whose losses the figures hold too, no gain is seen, and none is claimed.
 
-What wins is all that is loaded and mapped together. The figures hold a third start, of loaded weights and fresh mixers,
-which at this size does as well: nothing is claimed for the mapping of the mixers alone.
+A third start is loaded outside the mixers as the warm one is, and keeps the seed's mixers. The mapped
+mixers of mil and mamba2 gain over it; for mamba1 nothing is claimed for the mapping of the mixers alone.
 """
 
 import json
@@ -30,7 +30,8 @@ from m4v_dist.model.warm_start import apply_warm_start, plan_warm_start
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from tests.integration.real_clips import RealClips, read_real_clips
 
-NUM_PRETRAINING_STEPS = 60
+NUM_PRETRAINING_STEPS = 240
+"""So many that attention matters to the source: after 60 steps it does nearly as well without."""
 NUM_STEPS = 12
 EVALUATED = range(10_000, 10_004)
 """Steps of the data whose draws no model is trained on."""
@@ -53,7 +54,7 @@ def test_a_warm_started_model_beats_a_random_one_after_the_same_few_steps(tmp_pa
     figures: dict[str, Any] = {"attention": [_loss(source, clips), _loss(source, unseen)]}
     for variant in ("mamba2", "mil", "mamba1"):
         after = {}
-        for start in ("random", "warm", "warm without mixers"):
+        for start in ("random", "warm", "fresh mixers"):
             model = build_model(_settings(ssm={"variant": variant}), KERNELS, seed=1)
             if start != "random":
                 _fill(model, str(tmp_path), has_mixers=start == "warm")
@@ -62,6 +63,8 @@ def test_a_warm_started_model_beats_a_random_one_after_the_same_few_steps(tmp_pa
             after[start] = _loss(model, clips)
             figures[f"{variant}, {start}"] = [*before, after[start], _loss(model, unseen)]
         assert after["warm"] < 0.7 * after["random"], figures
+        if variant != "mamba1":
+            assert after["warm"] < 0.96 * after["fresh mixers"], figures
     print(f"\nloss on learnt and unseen clips before {NUM_STEPS} steps, then after: {json.dumps(figures)}")
 
 

@@ -75,7 +75,8 @@ def test_a_dry_run_reports_every_parameter_and_writes_nothing(
     (report,) = (record.getMessage() for record in caplog.records if "start weights from" in record.getMessage())
     assert f"{RELEASE}/diffusion_pytorch_model.safetensors" in report
     assert re.search(
-        r"single_blocks.\*.mixer.ssm.in_proj.weight +0-1 +mapped, fresh .*x <- to_v; B <- to_k; C <- to_q", report
+        r"single_blocks.\*.mixer.ssm.in_proj.weight +0-1 +mapped, set, fresh .*zero; x <- to_v; B <- to_k; C <- to_q",
+        report,
     )
     assert re.search(r"double_blocks.\*.video.ff_in.weight +0 +loaded +[\d,]+ +as it is", report)
     assert _files(tmp_path) == []

@@ -177,21 +177,36 @@ def test_mil_with_decay_1_and_step_1_is_linear_attention_of_pyramidflow_s_weight
 ) -> None:
     attention, mixer = _attention_and_mixer(golden, "mil")
     assert isinstance(mixer, MilMixer)
-    # All that is not attention's stands still: no decay, a step of 1, no skip.
+    # All that is not attention's stands still: no decay, a step of 1; D is zero already.
     mixer.A_log.fill_(-math.inf)
     mixer.in_proj.weight[mixer.rows["dt"]] = 0
     mixer.in_proj.bias[mixer.rows["dt"]] = 0
     mixer.dt_bias.fill_(math.log(math.e - 1))
-    mixer.D.zero_()
     tokens = _tokens(40, mixer.inner_width)
     q, k, v = attention.qkv(tokens, None)
     expected = torch.einsum("nts,snp->tnp", torch.einsum("tnp,snp->nts", q, k).tril(), v)
-    y, _ = mixer.scan(tokens[None])
+    y, z = mixer.scan(tokens[None])
+    torch.testing.assert_close(F.silu(z), torch.ones_like(z), rtol=0, atol=1e-4)
     torch.testing.assert_close(y[0], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     # The product of keys and queries would not show their norms' weights exchanged.
     assert torch.equal(mixer.norm_B.weight, attention.qkv.norm_k.weight)
     assert torch.equal(mixer.norm_C.weight, attention.qkv.norm_q.weight)
     assert not torch.equal(mixer.norm_B.weight, mixer.norm_C.weight)
+
+
+@pytest.mark.parametrize("gate", ["silu", "sum"])
+@torch.no_grad()
+def test_mil_starts_at_a_share_of_the_values_size_whatever_that_is(
+    golden: tuple[dict[str, Any], dict[str, Tensor]], gate: str
+) -> None:
+    attention, mixer = _attention_and_mixer(golden, "mil", gate=gate)
+    assert isinstance(mixer, MilMixer)
+    heads = attention.qkv.num_heads
+    tokens = _tokens(4000, mixer.inner_width)
+    values = attention.qkv.to_v(tokens).unflatten(-1, (heads, -1))
+    mixed = mixer(tokens[None])[0].unflatten(-1, (heads, -1))
+    ratio = mixed.square().mean((0, 2)).sqrt() / values.square().mean((0, 2)).sqrt()
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 0.3), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"state_dim": 3}, {"num_groups": 2}, {"expand": 1}, {"expand": 3}])
