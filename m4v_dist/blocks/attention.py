@@ -6,6 +6,10 @@ FlexAttention takes all columns in one kernel (`flex_attention.py`); on a CPU, w
 SDPA per time does, with no mask in memory and no wasted product. `dense_joint_attention` is the slow twin of both, with
 the mask written out.
 
+Under sequence parallelism each rank attends with its share of the heads over all tokens (Ulysses), so that masks and
+kernels stay what they are: 4 l d / s (s - 1) / s numbers sent by each of s ranks in forward (queries, keys, values, and
+the answer; l tokens of all ranks), as many in backward. The heads must be a multiple of s.
+
 Source: PyramidFlow flux_modules/modeling_flux_block.py at 3040d71.
 
 Legend: `l` tokens (`lt` text, `lv` video), `n` heads, `p` head width, `j` rotary pairs of a head, `d` width.
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from m4v_dist.blocks.embed import rope_table
 from m4v_dist.blocks.flex_attention import flex_joint_attention
 from m4v_dist.blocks.layout import PackedLayout
+from m4v_dist.parallel.sequence import heads_to_tokens, tokens_to_heads
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -92,9 +97,31 @@ def joint_attention(
     Returns:
         text: lt d; video: lv d.
     """
+    if layout.sequence.size > 1:
+        return _attend_by_heads(text, video, layout)
     if text[0].is_cuda:
         return flex_joint_attention(text, video, layout)
     return prefix_joint_attention(text, video, layout)
+
+
+def _attend_by_heads(
+    text: tuple[Tensor, Tensor, Tensor], video: tuple[Tensor, Tensor, Tensor], layout: PackedLayout
+) -> tuple[Tensor, Tensor]:
+    """`joint_attention` of a layout that is cut over ranks (collective)."""
+    num_heads, sequence = text[0].shape[1], layout.sequence
+    # text and video of each rank in turn
+    runs = [length for pair in zip(layout.text_by_rank, layout.video_by_rank, strict=True) for length in pair]
+    lengths = [sum(pair) for pair in zip(runs[0::2], runs[1::2], strict=True)]
+    tokens = torch.cat([torch.stack(text, dim=2), torch.stack(video, dim=2)])  # l n 3 p
+    parts = tokens_to_heads(tokens, lengths, sequence).split(runs)
+    q, k, v = torch.cat(parts[0::2]).unbind(dim=2)
+    whole_video = torch.cat(parts[1::2]).unbind(dim=2)
+    attended = joint_attention((q, k, v), whole_video, layout.whole)  # type: ignore[arg-type]
+    texts, videos = attended[0].split(runs[0::2]), attended[1].split(runs[1::2])
+    rows = torch.cat([part for pair in zip(texts, videos, strict=True) for part in pair])
+    heads = rearrange(rows, "l (n p) -> l n p", n=num_heads // sequence.size)
+    own = rearrange(heads_to_tokens(heads, lengths, sequence), "l n p -> l (n p)")
+    return own[: layout.num_text], own[layout.num_text :]
 
 
 def prefix_joint_attention(

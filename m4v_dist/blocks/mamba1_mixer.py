@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m4v_dist.blocks.cut_scan import cut_conv1d, cut_selective_scan
 from m4v_dist.config.model_settings import KernelSettings, SsmSettings
-from m4v_dist.kernels.conv1d import causal_conv1d
-from m4v_dist.kernels.selective_scan import selective_scan
+from m4v_dist.parallel.sequence import Handover
 
 DT_MIN, DT_MAX = 1e-3, 0.1
 
@@ -64,7 +64,12 @@ class Mamba1Mixer(nn.Module):
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
 
     def forward(
-        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, initial_state: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        handover: Handover | None = None,
     ) -> Tensor:
         """Mix.
 
@@ -72,16 +77,17 @@ class Mamba1Mixer(nn.Module):
             tokens: b l d.
             cu_seqlens: segments + 1, int32; b must be 1. None: each batch row is one segment.
             initial_state: segments e n, or None for zero.
+            handover: which segments lie on several ranks (then collective); None where none does.
 
         Returns:
             b l d.
         """
         n = self.settings.state_dim
         x, z = self.in_proj(tokens).chunk(2, dim=-1)  # b l e
-        x = F.silu(causal_conv1d(x, self.conv_weight, self.conv_bias, cu_seqlens=cu_seqlens))
+        x = F.silu(cut_conv1d(x, self.conv_weight, self.conv_bias, cu_seqlens=cu_seqlens, handover=handover))
         dt, B, C = self.x_proj(x).split([self.settings.dt_rank, n, n], dim=-1)
         has_silu_gate = self.settings.gate == "silu"
-        y, _ = selective_scan(
+        y = cut_selective_scan(
             x,
             self.dt_proj(dt),
             -torch.exp(self.A_log.float()),
@@ -90,9 +96,9 @@ class Mamba1Mixer(nn.Module):
             self.D,
             z=z if has_silu_gate else None,
             dt_bias=self.dt_bias,
-            dt_softplus=True,
             cu_seqlens=cu_seqlens,
             initial_state=initial_state,
+            handover=handover,
             chunk_size=self.settings.chunk_size,
             backend=self.backend,
         )

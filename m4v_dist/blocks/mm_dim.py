@@ -56,7 +56,8 @@ class SsmTokenMixer(nn.Module):
             layout, self.path, has_text_sandwich=self.has_text_sandwich, has_registers=self.registers is not None
         )
         tokens = recompose(text, video, self.registers, plan)
-        return invert(self.ssm(tokens[None], cu_seqlens=plan.cu_seqlens)[0], plan)
+        handover = None if plan.cut is None else plan.cut.handover
+        return invert(self.ssm(tokens[None], cu_seqlens=plan.cu_seqlens, handover=handover)[0], plan)
 
 
 class ParallelMixer(nn.Module):

@@ -19,10 +19,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from m4v_dist.blocks.attention import HeadNorm
+from m4v_dist.blocks.cut_scan import cut_conv1d, cut_ssd_scan
 from m4v_dist.blocks.mamba1_mixer import Mamba1Mixer
 from m4v_dist.config.model_settings import KernelSettings, SsmSettings
-from m4v_dist.kernels.conv1d import causal_conv1d
-from m4v_dist.kernels.scan import ssd_scan
+from m4v_dist.parallel.sequence import Handover
 
 NORM_EPSILON = 1e-5
 DT_MIN, DT_MAX = 1e-3, 0.1
@@ -95,7 +95,12 @@ class SsmMixer(nn.Module):
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
 
     def forward(
-        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, initial_state: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        handover: Handover | None = None,
     ) -> Tensor:
         """Mix.
 
@@ -103,26 +108,32 @@ class SsmMixer(nn.Module):
             tokens: b l d.
             cu_seqlens: segments + 1, int32; b must be 1. None: each batch row is one segment.
             initial_state: segments h p n, or None for zero.
+            handover: which segments lie on several ranks (then collective); None where none does.
 
         Returns:
             b l d.
         """
-        y, z = self.scan(tokens, cu_seqlens=cu_seqlens, initial_state=initial_state)
+        y, z = self.scan(tokens, cu_seqlens=cu_seqlens, initial_state=initial_state, handover=handover)
         normed = self._gated_norm(rearrange(y, "b l h p -> b l (h p)"), z)
         return self.out_proj(normed) if self.has_out_proj else normed
 
     def scan(
-        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, initial_state: Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        handover: Handover | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The mixer up to its gate: y, b l h p, and the gate's argument z, b l e. Arguments as `forward`."""
         e, bc = self.inner_width, self.bc_width
         z, xBC, dt = self.in_proj(tokens).split([e, e + 2 * bc, self.num_heads], dim=-1)
-        x, B, C = self._convolve(xBC, cu_seqlens).split([e, bc, bc], dim=-1)
+        x, B, C = self._convolve(xBC, cu_seqlens, handover).split([e, bc, bc], dim=-1)
         B, C = self._normed_keys(
             rearrange(B, "b l (g n) -> b l g n", g=self.settings.num_groups),
             rearrange(C, "b l (g n) -> b l g n", g=self.settings.num_groups),
         )
-        y, _ = ssd_scan(
+        y = cut_ssd_scan(
             rearrange(x, "b l (h p) -> b l h p", h=self.num_heads),
             dt,
             -torch.exp(self.A_log.float()),
@@ -130,16 +141,16 @@ class SsmMixer(nn.Module):
             C,
             self.D,
             dt_bias=self.dt_bias,
-            dt_softplus=True,
             cu_seqlens=cu_seqlens,
             initial_state=initial_state,
+            handover=handover,
             chunk_size=self.settings.chunk_size,
             backend=self.backend,
         )
         return y, z
 
-    def _convolve(self, xBC: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return F.silu(causal_conv1d(xBC, self.conv_weight, self.conv_bias, cu_seqlens=cu_seqlens))
+    def _convolve(self, xBC: Tensor, cu_seqlens: Tensor | None, handover: Handover | None = None) -> Tensor:
+        return F.silu(cut_conv1d(xBC, self.conv_weight, self.conv_bias, cu_seqlens=cu_seqlens, handover=handover))
 
     def _normed_keys(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         return B, C
@@ -178,8 +189,8 @@ class MilMixer(SsmMixer):
             self.conv_weight.zero_()
             self.conv_weight[:, -1] = 1
 
-    def _convolve(self, xBC: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return causal_conv1d(xBC, self.conv_weight, self.conv_bias, cu_seqlens=cu_seqlens)
+    def _convolve(self, xBC: Tensor, cu_seqlens: Tensor | None, handover: Handover | None = None) -> Tensor:
+        return cut_conv1d(xBC, self.conv_weight, self.conv_bias, cu_seqlens=cu_seqlens, handover=handover)
 
     def _normed_keys(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         # After the convolution, so that keys and queries keep their size whatever it learns.

@@ -5,20 +5,24 @@ into K^2 sub-images of that grid (each takes every K-th row and column), so that
 Space is folded into channels: a head's logit is the inner product over all positions. Sub-images of one frame share
 its time and see each other. The answer goes back the same way (nearest) and is added to the mixer's; text gets zero.
 
+Where a column lies on several sequence ranks, each of them gets the squeezed keys and values of the frames before its
+own: 2 r w numbers for the r squeezed positions of those frames and the branch's width w. Later frames nobody reads.
+
 Source: M4V paper, temporal branch. The paper says K sub-images; equal row widths need K^2, which is what is built.
 
 Legend: `lv` video tokens, `r` pooled rows times positions of all columns, `f` tokens averaged into one, `t` rows of a
 column (frames and sub-images), `s` positions of the coarsest grid, `n` heads, `p` head width, `d` width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from m4v_dist.blocks.layout import ColumnShape, FrameShape, PackedLayout
+from m4v_dist.blocks.layout import ColumnShape, FrameShape, PackedLayout, Piece
+from m4v_dist.parallel.sequence import Handover, hand_tail, tie
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,10 @@ class TemporalTables:
         members: for each pooling factor, r' f: video tokens averaged into one position.
         order: r, brings the positions of all factors, one after the other, to the order column, row, position.
         row_of_token: lv, position (in that order) that each video token belongs to.
-        columns: for each column, rows t and positions s.
-        hidden: for each column, t t bool: True where the key is newer than the query.
+        columns: for each column, or what this rank holds of it, rows t and positions s.
+        hidden: for each column, t t' bool: True where the key is newer than the query; the t' keys are those of earlier
+            ranks, then this rank's.
+        handover: where the cuts go, counted in r; None where nothing is cut.
     """
 
     members: tuple[Tensor, ...]
@@ -38,6 +44,7 @@ class TemporalTables:
     row_of_token: Tensor
     columns: tuple[tuple[int, int], ...]
     hidden: tuple[Tensor, ...]
+    handover: Handover | None
 
 
 class TemporalBranch(nn.Module):
@@ -67,20 +74,33 @@ class TemporalBranch(nn.Module):
         tables = layout.table("temporal", _make_tables)
         pooled = pool(video, tables)  # r d
         lengths = [rows * positions for rows, positions in tables.columns]
-        parts = zip(*(linear(pooled).split(lengths) for linear in (self.to_q, self.to_k, self.to_v)), strict=True)
+        q, k, v = self.to_q(pooled), self.to_k(pooled), self.to_v(pooled)
+        if tables.handover is not None:
+            q, k, v = _with_earlier(q, k, v, tables.handover)
+        num_earlier = k.shape[0] - q.shape[0]
+        key_lengths = [num_earlier + lengths[0], *lengths[1:]] if lengths else []
+        parts = zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths), strict=True)
         outs = [
             _attend(q, k, v, hidden, self.num_heads)
             for (q, k, v), hidden in zip(parts, tables.hidden, strict=True)
         ]  # fmt: skip
-        return unpool(self.to_out(torch.cat(outs)), tables)
+        return unpool(self.to_out(torch.cat(outs) if outs else q), tables)
+
+
+def _with_earlier(q: Tensor, k: Tensor, v: Tensor, handover: Handover) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the keys and values of earlier ranks in front (collective)."""
+    earlier = hand_tail(torch.cat([k, v], dim=1), None, handover)
+    if not handover.is_entered:
+        return tie(q, earlier), k, v
+    earlier_k, earlier_v = earlier.chunk(2, dim=1)
+    return q, torch.cat([earlier_k, k]), torch.cat([earlier_v, v])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, num_heads: int) -> Tensor:
-    """Attention over the rows of one column, float32: (t s) (n p) to the same."""
-    rows = hidden.shape[0]
-    positions = q.shape[0] // rows
+    """Attention over the rows of one column, float32: q (t s) (n p), k and v (t' s) (n p), to the shape of q."""
+    positions = q.shape[0] // hidden.shape[0]
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (rearrange(a.float(), "(t s) (n p) -> n t (s p)", t=rows, n=num_heads) for a in (q, k, v))
+        q, k, v = (rearrange(a.float(), "(t s) (n p) -> n t (s p)", s=positions, n=num_heads) for a in (q, k, v))
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         out = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) @ v
     return rearrange(out, "n t (s p) -> (t s) (n p)", s=positions)
@@ -88,6 +108,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, num_heads: int) -> 
 
 def pool(video: Tensor, tables: TemporalTables) -> Tensor:
     """Average each position's tokens: lv d to r d."""
+    if not tables.members:  # a rank without frames
+        return video
     parts = [
         rearrange(video.index_select(0, members.flatten()), "(r f) d -> r f d", f=members.shape[1]).mean(dim=1)
         for members in tables.members
@@ -110,6 +132,8 @@ class _Unpool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if not ctx.tables.members:
+            return grads[0], None
         parts = [
             rearrange(grads[0].index_select(0, members.flatten()), "(r f) d -> r f d", f=members.shape[1]).sum(dim=1)
             for members in ctx.tables.members
@@ -123,32 +147,45 @@ def _make_tables(layout: PackedLayout) -> TemporalTables:
     row_of_token = torch.empty(layout.num_video, dtype=torch.int64)
     columns, hidden = [], []
     at = 0
-    for number, (column, span) in enumerate(zip(layout.columns, layout.spans, strict=True)):
-        times: list[int] = []
-        height, width = _coarsest(number, column)
-        for frame, first, is_noisy in zip(column.frames, span.frames, _noisy_flags(column), strict=True):
-            rows = first + _frame_rows(number, frame, height, width, is_noisy)  # rows*positions f
+    for piece, span in zip(layout.pieces, layout.spans, strict=True):
+        times = _row_times(replace(piece, start=0, stop=piece.start))
+        num_earlier = len(times)
+        times += _row_times(piece)
+        height, width = _coarsest(piece.number, piece.column)
+        for frame, first, is_noisy in zip(piece.frames, span.frames, piece.is_noisy, strict=True):
+            rows = first + _frame_rows(piece.number, frame, height, width, is_noisy)  # rows*positions f
             numbers = torch.arange(at, at + rows.shape[0])
             by_factor.setdefault(rows.shape[1], []).append(rows)
             slots.setdefault(rows.shape[1], []).append(numbers)
             row_of_token[rows] = numbers[:, None]
-            times += [frame.time] * (rows.shape[0] // (height * width))
             at += rows.shape[0]
-        columns.append((len(times), height * width))
+        columns.append((len(times) - num_earlier, height * width))
         time = torch.tensor(times)
-        hidden.append((time[None, :] > time[:, None]).to(layout.device))
-    made = torch.cat([torch.cat(slots[factor]) for factor in by_factor])
+        hidden.append((time[None, :] > time[num_earlier:, None]).to(layout.device))
+    made = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.cat(slots[factor]) for factor in by_factor)])
     return TemporalTables(
         members=tuple(torch.cat(rows).to(layout.device) for rows in by_factor.values()),
         order=torch.argsort(made).to(layout.device),
         row_of_token=row_of_token.to(layout.device),
         columns=tuple(columns),
         hidden=tuple(hidden),
+        handover=layout.handover(_num_positions) if layout.sequence.size > 1 else None,
     )
 
 
-def _noisy_flags(column: ColumnShape) -> list[bool]:
-    return [number >= len(column.frames) - column.num_noisy for number in range(len(column.frames))]
+def _row_times(piece: Piece) -> list[int]:
+    """Time of each row: of a history frame once, of a noisy one for each of its sub-images."""
+    height, _ = _coarsest(piece.number, piece.column)
+    times: list[int] = []
+    for frame, is_noisy in zip(piece.frames, piece.is_noisy, strict=True):
+        times += [frame.time] * ((frame.height // height) ** 2 if is_noisy else 1)
+    return times
+
+
+def _num_positions(piece: Piece) -> int:
+    """Rows times positions."""
+    height, width = _coarsest(piece.number, piece.column)
+    return len(_row_times(piece)) * height * width
 
 
 def _coarsest(number: int, column: ColumnShape) -> tuple[int, int]:

@@ -9,9 +9,12 @@ from m4v_dist.errors import ConfigError
 from m4v_dist.kernels.scan import BackendUnavailable, require_backend
 from m4v_dist.kernels.selective_scan import require_selective_backend
 from m4v_dist.model.pyramid import PyramidModel
+from m4v_dist.parallel.mesh import ALONE, SequenceGroup
 
 
-def build_model(model: ModelSettings, kernels: KernelSettings, *, seed: int) -> nn.Module:
+def build_model(
+    model: ModelSettings, kernels: KernelSettings, *, seed: int, sequence: SequenceGroup = ALONE
+) -> nn.Module:
     """Return the model with fresh float32 weights on the CPU.
 
     A module's weights depend on (seed, its name) alone: the same block is the same in a deeper model or with another
@@ -21,17 +24,18 @@ def build_model(model: ModelSettings, kernels: KernelSettings, *, seed: int) -> 
         model: sizes and switches.
         kernels: which scan backend runs.
         seed: seed of the weights.
+        sequence: the ranks that cut the model's sequences among them; the weights are the same.
 
     Raises:
         ConfigError: the scan backend cannot run here.
     """
-    built = build_on_meta(model, kernels)
+    built = build_on_meta(model, kernels, sequence)
     built.to_empty(device="cpu")
     initialize_weights(built, seed)
     return built
 
 
-def build_on_meta(model: ModelSettings, kernels: KernelSettings) -> PyramidModel:
+def build_on_meta(model: ModelSettings, kernels: KernelSettings, sequence: SequenceGroup = ALONE) -> PyramidModel:
     """Return the model with shapes and no memory.
 
     Raises:
@@ -44,7 +48,7 @@ def build_on_meta(model: ModelSettings, kernels: KernelSettings) -> PyramidModel
         except BackendUnavailable as error:
             raise ConfigError(str(error)) from error
     with torch.device("meta"):
-        return PyramidModel(model, kernels)
+        return PyramidModel(model, kernels, sequence)
 
 
 def require_channels(model: ModelSettings, latent_channels: int, codec: str) -> None:

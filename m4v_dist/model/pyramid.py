@@ -3,6 +3,10 @@
 Patches and text of all columns are packed without padding, pass the MM-DiT blocks as two streams and the unified
 blocks as one, and each column's noisy frames are read out as a velocity. Knows no sigma and no loss.
 
+With sequence ranks (`parallel/sequence.py`) every rank is given the same columns, embeds and mixes its own tokens, and
+gets all velocities, so that its loss is the same number as on one rank; gradients add up over the ranks. Conditioning
+is computed on each of them. `blocks/cut.py` says who holds what.
+
 Source: M4V paper; PyramidFlow flux_modules/modeling_pyramid_flux.py at 3040d71.
 
 Legend: `c` latent channels, `t` `h` `w` latent frames and grid, `lt` `lv` text and video tokens, `l` both, `k`
@@ -22,6 +26,8 @@ from m4v_dist.blocks.mm_dim import NUM_REGISTERS, UnifiedBlock
 from m4v_dist.blocks.mm_dit import DoubleBlock
 from m4v_dist.blocks.modulation import Modulation, modulate
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
+from m4v_dist.parallel.mesh import ALONE, SequenceGroup
+from m4v_dist.parallel.sequence import share_rows
 
 MAX_TIMESTEP = 1000
 
@@ -32,11 +38,12 @@ class PyramidModel(nn.Module):
     Args:
         settings: sizes and switches.
         kernels: which scan backend runs.
+        sequence: the ranks that cut the columns among them.
     """
 
-    def __init__(self, settings: ModelSettings, kernels: KernelSettings) -> None:
+    def __init__(self, settings: ModelSettings, kernels: KernelSettings, sequence: SequenceGroup = ALONE) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.sequence = settings, sequence
         width = settings.hidden_size
         patch_width = settings.latent_channels * settings.patch_size**2
         self.conditioning = ConditioningEmbedding(width, settings.pooled_width)
@@ -58,7 +65,8 @@ class PyramidModel(nn.Module):
         """Predict the velocity of each column's last clip.
 
         Args:
-            model_input: columns of clips (old to new, the last noisy), text and timestep.
+            model_input: columns of clips (old to new, the last noisy), text and timestep; the same on all sequence
+                ranks (collective among them).
 
         Returns:
             One tensor per column, c t h w as its last clip, float32.
@@ -69,11 +77,12 @@ class PyramidModel(nn.Module):
         columns, device = model_input.columns, self.video_in.weight.device
         patch = self.settings.patch_size
         shapes = tuple(column_shape(column, self.settings, number) for number, column in enumerate(columns))
-        layout = packed_layout(shapes, device)
+        layout = packed_layout(shapes, device, self.sequence)
         conditioning = self._condition(columns, device)
-        text = self.text_in(torch.cat([column.text.tokens.to(device, torch.float32) for column in columns])).float()
+        features = torch.cat([column.text.tokens.to(device, torch.float32) for column in columns])
+        text = self.text_in(layout.own(features, layout.text_by_rank)).float()
         patches = [patchify(clip.to(device, torch.float32), patch) for column in columns for clip in column.clips]
-        video = self.video_in(torch.cat(patches)).float()
+        video = self.video_in(layout.own(torch.cat(patches), layout.video_by_rank)).float()
         rotary = rope_table(layout, self.settings.rope_axes)
         for block in self.double_blocks:
             text, video = self._run(block, text, video, conditioning, rotary, layout)
@@ -83,10 +92,12 @@ class PyramidModel(nn.Module):
         noisy = tokens[layout.num_text :].index_select(0, layout.noisy)
         scale, shift = self.modulation_out(conditioning)
         velocities = self.video_out(modulate(noisy, shift, scale, layout.noisy_lengths)).float()
+        if self.sequence.size > 1:
+            velocities = share_rows(velocities, layout.noisy_by_rank, self.sequence)
         return [
             unpatchify(part, clip.shape[1], clip.shape[2] // patch, clip.shape[3] // patch, patch)
             for part, clip in zip(
-                velocities.split(layout.noisy_lengths), (column.clips[-1] for column in columns), strict=True
+                velocities.split(layout.whole.noisy_lengths), (column.clips[-1] for column in columns), strict=True
             )
         ]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from m4v_dist.batch import ModelInput
-from m4v_dist.blocks import mamba1_mixer, ssm_mixer
+from m4v_dist.blocks import cut_scan
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.config.training_settings import TrainerSettings
 from m4v_dist.model.build import build_model
@@ -50,8 +50,8 @@ def _dtypes_job(zero_stage: int, model: ModelSettings) -> dict[str, list[str]]:
 
         return noted_scan
 
-    ssm_mixer.ssd_scan = noted(ssm_mixer.ssd_scan)
-    mamba1_mixer.selective_scan = noted(mamba1_mixer.selective_scan)
+    cut_scan.ssd_scan = noted(cut_scan.ssd_scan)
+    cut_scan.selective_scan = noted(cut_scan.selective_scan)
     with engine.accumulate():
         outputs = engine.model(ModelInput(_columns()))
         seen["prediction"] = {str(output.dtype) for output in outputs}

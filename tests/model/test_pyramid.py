@@ -208,7 +208,7 @@ def test_recompute_gives_the_same_loss_and_gradients(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["ssm", "mil", "mamba1"])
 def test_under_autocast_the_sensitive_parts_stay_float32(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the matmuls may round: what the scan, the norms and the modulation are given and give is float32."""
-    from m4v_dist.blocks import mamba1_mixer, ssm_mixer
+    from m4v_dist.blocks import cut_scan
 
     model = _perturbed(TINY.model_copy(update=VARIANTS[variant]))
     seen: dict[str, torch.dtype] = {}
@@ -224,8 +224,8 @@ def test_under_autocast_the_sensitive_parts_stay_float32(variant: str, monkeypat
 
         monkeypatch.setattr(module, name, spy)
 
-    watch(ssm_mixer, "ssd_scan")
-    watch(mamba1_mixer, "selective_scan")
+    watch(cut_scan, "ssd_scan")
+    watch(cut_scan, "selective_scan")
     for module in model.modules():
         if type(module).__name__ in norms:
             module.register_forward_hook(lambda m, _inputs, out: norms[type(m).__name__].add(out[0].dtype))
