@@ -20,6 +20,8 @@ from data_pipeline.mixture import num_micro_batches
 from data_pipeline.slot_plan import SlotPlanner
 from jobs import cli
 from m4v_dist import storage
+from m4v_dist.batch import LatentBatch
+from m4v_dist.bench.sequence_cut import sequence_line
 from m4v_dist.config.load import config_from_json, config_to_json
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
@@ -94,7 +96,7 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
     """What one worker does: build cache, loader, model, objective and trainer, and run."""
     config = config_from_json(task["config"])
     torch.set_num_threads(config.trainer.num_threads)
-    mesh = Mesh.of_process_group(use_gpu=config.launch.use_gpu)
+    mesh = Mesh.of_process_group(use_gpu=config.launch.use_gpu, sequence_size=config.launch.sequence_parallel)
     cache = LatentCache.open(config.precompute.cache)
     normalization = LatentNormalization.from_json(cache.manifest["normalization"])
 
@@ -106,10 +108,10 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
     trainer = Trainer(
         config,
         mesh,
-        build_model=lambda: build_model(config.model, config.kernels, seed=config.run.seed),
+        build_model=lambda: build_model(config.model, config.kernels, seed=config.run.seed, sequence=mesh.sequence),
         fill_start=fill_start,
         objective=PyramidFlowMatching(config.objective, normalization.normalize, mesh.device),
-        loader=build_loader(config, cache, mesh.rank, mesh.world_size),
+        loader=build_loader(config, cache, mesh.data_rank, mesh.data_size),
         should_stop=should_stop,
     )
     return asdict(trainer.run())
@@ -121,7 +123,7 @@ def newest_checkpoint(task: dict[str, Any]) -> str | None:
 
 
 def build_loader(config: RunConfig, cache: LatentCache, rank: int, world_size: int) -> LatentLoader:
-    """The loader of one rank."""
+    """The loader of one data-parallel rank; its sequence ranks have equal ones."""
     planner = SlotPlanner(
         cache,
         sources=config.sources,
@@ -209,7 +211,7 @@ def check_data(config: RunConfig) -> LatentLoader:
     require_channels(config.model, codec.latent_channels, codec.name)
     require_text_widths(config.model, cache.null_text, "the cache's text")
     _require_short_texts(config, cache)
-    loader = build_loader(config, cache, 0, config.launch.num_workers)
+    loader = build_loader(config, cache, 0, config.launch.num_data_ranks)
     for index in range(len(config.curriculum)):
         loader.enter(index, 0)
     loader.held_out()
@@ -234,9 +236,10 @@ def _require_short_texts(config: RunConfig, cache: LatentCache) -> None:
 
 def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
     """Steps, slots, tokens, parameters and memory of each stage, as text."""
-    workers, slots = config.launch.num_workers, config.trainer.global_batch_slots
+    ranks, slots = config.launch.num_data_ranks, config.trainer.global_batch_slots
     named = [(name, p.numel()) for name, p in build_on_meta(config.model, config.kernels).named_parameters()]
     total = sum(size for _, size in named)
+    micro_batches: list[LatentBatch] = []
     lines = [
         f"{'stage':<16}{'steps':>14}{'slots':>7}{'micro-batches':>15}{'latents':>9}{'tokens/step':>13}{'training':>14}"
     ]
@@ -248,17 +251,21 @@ def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
         loader.load_state_dict({**loader.state_dict(), "next_step": 0, "cursors": {}})
         training = sum(size for name, size in named if not is_frozen(name, settings.freeze))
         span = f"{curriculum_stage.start}..{curriculum_stage.stop}"
-        micro = f"{workers} x {num_micro_batches(slots, workers, settings.micro_batch_slots)}"
+        micro = f"{ranks} x {num_micro_batches(slots, ranks, settings.micro_batch_slots)}"
         lines.append(
             f"{settings.name:<16}{span:>14}{slots:>7}{micro:>15}{settings.num_latents:>9}"
-            f"{round(tokens * workers / len(batches)):>13,}{training:>14,}"
+            f"{round(tokens * ranks / len(batches)):>13,}{training:>14,}"
         )
+        micro_batches += [micro_batch for batch in batches for micro_batch in batch.micro_batches]
     loader.close()
+    workers = config.launch.num_workers
     states = model_state_bytes(total, config.trainer.zero_stage, workers) / 2**30
     lines.append(
         f"{total:,} parameters; weights, gradients, moments and average take {states:.2f} GiB a rank (ZeRO "
         f"{config.trainer.zero_stage}, {workers} ranks); tokens from the first {_PLANNED_STEPS} steps of rank 0"
     )
+    if config.launch.sequence_parallel > 1:
+        lines.append(sequence_line(config, micro_batches))
     weights = f" with the weights of {config.start_weights}" if step == 0 and config.start_weights else ""
     lines.append(f"starts at step {step} of {config.total_steps}{weights}; folder {config.run.folder}")
     return "\n".join(lines)

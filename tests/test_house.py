@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"config", "storage", "errors"},
     "trainer": {"parallel", "batch", "config", "storage", "errors"},
     "launch": {"config", "storage", "errors"},
-    "bench": {"model", "blocks", "objective", "sampling", "config", "storage", "errors"},
+    "bench": {"model", "blocks", "objective", "sampling", "batch", "config", "storage", "errors"},
     "data_pipeline": {"frozen", "batch", "config", "storage", "errors"},
 }
 """Which rooms a room may import, itself left out. `jobs` may import all; nobody imports `jobs`."""

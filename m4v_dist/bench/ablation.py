@@ -85,7 +85,7 @@ def run_config(config: RunConfig, row: str, seed: int) -> RunConfig:
         "checkpoint_every_steps": num_steps,
         "keep_last": 1,
     }
-    values["launch"]["num_workers"] = 1
+    values["launch"] |= {"num_workers": 1, "sequence_parallel": 1}
     values["logging"] |= {"wandb": "disabled", "every_steps": 1}
     return parse_config(values, where=f"benchmark row {row!r}")
 

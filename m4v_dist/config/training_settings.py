@@ -92,7 +92,12 @@ class TrainerSettings(Settings):
 class LaunchSettings(Settings):
     """Ray Train: workers, resources, restarts."""
 
-    num_workers: PositiveInt = Field(default=1, description="Data-parallel ranks.")
+    num_workers: PositiveInt = Field(default=1, description="Ranks: data-parallel times sequence-parallel.")
+    sequence_parallel: PositiveInt = Field(
+        default=1,
+        description="Ranks that share each micro-batch and cut its sequence, for what does not fit one GPU; divides "
+        "num_workers, and model.num_heads where attention runs.",
+    )
     use_gpu: bool = Field(default=False, description="One GPU and NCCL per worker; else CPU and gloo.")
     cpus_per_worker: float = Field(
         default=1.0,
@@ -110,6 +115,11 @@ class LaunchSettings(Settings):
     address: str | None = Field(
         default=None, description="Ray address; None joins a running job's cluster or starts one."
     )
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks, or groups of sequence ranks, that hold their own slots."""
+        return self.num_workers // self.sequence_parallel
 
 
 class LoggingSettings(Settings):

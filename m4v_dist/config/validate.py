@@ -14,6 +14,7 @@ def validate(config: RunConfig) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"sources: {twice} stand twice; give each source its own name.")
+    _validate_sequence(config)
     _validate_batch(config)
     _validate_sizes(config)
     train_names = {source.name for source in config.train_sources}
@@ -46,6 +47,25 @@ def validate(config: RunConfig) -> None:
             f"sampling: first_unit_steps and later_unit_steps need one number for each of the "
             f"{config.objective.num_pyramid_stages} pyramid stages."
         )
+
+
+def _validate_sequence(config: RunConfig) -> None:
+    size, workers, model = config.launch.sequence_parallel, config.launch.num_workers, config.model
+    if workers % size:
+        raise ConfigError(
+            f"launch.sequence_parallel={size} does not divide launch.num_workers={workers}; use one of "
+            f"{_divisors(workers)}, or {(workers // size + 1) * size} workers."
+        )
+    has_attention = model.num_double_blocks > 0 or any(kind != "ssm" for kind in model.block_mixers)
+    if has_attention and model.num_heads % size:
+        raise ConfigError(
+            f"launch.sequence_parallel={size} does not divide model.num_heads={model.num_heads}, and in attention each "
+            f"sequence rank takes an equal share of the heads; use one of {_divisors(model.num_heads)}."
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 def _validate_batch(config: RunConfig) -> None:

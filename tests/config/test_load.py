@@ -67,6 +67,31 @@ def test_any_number_of_workers_and_any_micro_batch_fit_a_batch(num_workers: int,
 
 
 @pytest.mark.parametrize(
+    ("launch", "model", "words"),
+    [
+        ({"num_workers": 4, "sequence_parallel": 3}, {}, r"num_workers=4; use one of 1, 2, 4, or 6 workers"),
+        ({"num_workers": 4, "sequence_parallel": 4}, {}, r"=4 does not divide model.num_heads=2.*use one of 1, 2\."),
+        ({"num_workers": 4, "sequence_parallel": 4}, {"preset": "m4v_2b"}, r"num_heads=30.*1, 2, 3, 5, 6, 10, 15, 30"),
+        ({"num_workers": 6, "sequence_parallel": 2}, {}, r"num_workers / launch.sequence_parallel \* .* = 3 \* 4 = 12"),
+    ],
+)
+def test_sequence_ranks_that_divide_neither_workers_nor_heads_nor_slots_are_refused(
+    launch: dict[str, Any], model: dict[str, Any], words: str
+) -> None:
+    values = run_values()
+    values["launch"], values["model"] = launch, model
+    with pytest.raises(ConfigError, match=words):
+        parse_config(values, "run.toml")
+
+
+def test_a_model_without_attention_may_have_any_number_of_sequence_ranks() -> None:
+    values = run_values()
+    values["launch"] = {"num_workers": 4, "sequence_parallel": 4}
+    values["model"] = {"num_double_blocks": 0}
+    assert parse_config(values, "run.toml").launch.num_data_ranks == 1
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"weights": {"unseen": 1.0}}, "training sources are ['clips']"),

@@ -63,6 +63,25 @@ def test_a_dry_run_shows_steps_slots_tokens_and_parameters(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_says_how_evenly_sequences_are_cut(
+    cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = small_values(str(tmp_path / "run"), cache)
+    values["launch"] = {"num_workers": 2, "sequence_parallel": 2}
+    values["curriculum"][0]["micro_batch_slots"] = 1
+    with caplog.at_level(logging.INFO):
+        train(parse_config(values, where="test"), True)
+    plan = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("plan"))
+    assert "1 x 12" in plan, "two ranks that share their sequences are one data rank"
+    (line,) = (line for line in plan.splitlines() if "sequence ranks" in line)
+    found = re.search(r"holds ([\d.]+) times .* at worst ([\d.]+); (\d+) of (\d+) have fewer frames", line)
+    assert found, line
+    mean, worst, short, total = (float(part) for part in found.groups())
+    # four steps of twelve single images, all on one of two ranks, and of four micro-batches of three clips or images
+    assert (short, total) == (48, 64)
+    assert worst == 2.0 and 1 < mean < 2
+
+
 def test_a_dry_run_asks_whether_the_workers_fit(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     values = small_values(str(tmp_path / "run"), cache)
