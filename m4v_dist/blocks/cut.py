@@ -2,9 +2,11 @@
 
 The packed sequence is cut, not every column over all ranks: a cut then goes through one column at most, so that states
 and tails are handed on once a cut instead of once a column, columns that lie on one rank need no traffic, and the
-shares can be more even, since they are made of the frames of all columns. A column's text stands with its first frame
-(and once more, in the scan, behind its last). A batch of fewer frames than ranks leaves ranks without tokens; they
-still take part in attention, with their heads.
+shares can be more even, since they are made of the frames of all columns. At 768p and 31 latents, drawn units, the
+fullest of two ranks holds 1.01 times the mean of a row of four columns (at worst 1.06; three ranks: 1.03, 1.22), and
+1.11 times that of one column (a first unit, one frame, cannot be shared: 2). A column's text stands with its first
+frame (and once more, in the scan, behind its last). A batch of fewer frames than ranks leaves ranks without tokens;
+they still take part in attention, with their heads.
 
 Legend: `f` frames of all columns, `s` sequence ranks.
 """

@@ -16,11 +16,13 @@ NUM_STEPS = 3
 pytestmark = pytest.mark.slow
 
 
-def _config(folder: str, cache: str, *, num_workers: int, sequence_parallel: int, **trainer: Any) -> RunConfig:
+def _config(
+    folder: str, cache: str, *, num_workers: int, sequence_parallel: int, num_steps: int = NUM_STEPS, **trainer: Any
+) -> RunConfig:
     values = small_values(folder, cache, checkpoint_every_steps=100, **trainer)
     values["launch"] |= {"num_workers": num_workers, "sequence_parallel": sequence_parallel}
-    for stage, num_steps in zip(values["curriculum"], (1, NUM_STEPS - 1), strict=True):
-        stage["num_steps"] = num_steps
+    for stage, steps in zip(values["curriculum"], (1, num_steps - 1), strict=True):
+        stage["num_steps"] = steps
     # One slot a forward, so that an image leaves a rank without frames.
     values["curriculum"][0]["micro_batch_slots"] = 1
     return parse_config(values, where="sequence run")
@@ -28,15 +30,18 @@ def _config(folder: str, cache: str, *, num_workers: int, sequence_parallel: int
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders one; zero1 and zero2 on two ranks that share their sequences, zero3 on two times two."""
+    """Folders one; zero1 and zero2 on two ranks that share their sequences, zero3 on two times two.
+
+    zero1 is begun by one rank and gone on with from its checkpoint.
+    """
     base = tmp_path_factory.mktemp("sequence")
     cache = make_small_cache(str(base / "cache"))
 
-    def job(name: str, num_workers: int, sequence_parallel: int, stage: int) -> str:
-        sizes = {"num_workers": num_workers, "sequence_parallel": sequence_parallel}
+    def job(name: str, num_workers: int, sequence_parallel: int, stage: int, num_steps: int = NUM_STEPS) -> str:
+        sizes = {"num_workers": num_workers, "sequence_parallel": sequence_parallel, "num_steps": num_steps}
         return config_to_json(_config(f"{base}/{name}", cache, **sizes, zero_stage=stage))
 
-    assert run_ranks(train_each, 1, [job("one", 1, 1, 2)]) == [[NUM_STEPS]]
+    assert run_ranks(train_each, 1, [job("one", 1, 1, 2), job("zero1", 1, 1, 1, 2)]) == [[NUM_STEPS, 2]]
     assert run_ranks(train_each, 2, [job(f"zero{stage}", 2, 2, stage) for stage in (1, 2)]) == [[NUM_STEPS] * 2] * 2
     assert run_ranks(train_each, 4, [job("zero3", 4, 2, 3)]) == [[NUM_STEPS]] * 4
     return base
