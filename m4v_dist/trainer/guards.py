@@ -1,10 +1,17 @@
-"""What stops a run from going wrong quietly: a ceiling on steps that are not finite, and the time between events."""
+"""What stops a run from going wrong quietly: a ceiling on steps that are not finite, the records of ranks that share a
+sequence, and the time between events.
+"""
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
+
+from m4v_dist.batch import LatentBatch
 from m4v_dist.errors import NonFiniteError
+from m4v_dist.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +49,28 @@ class SkippedSteps:
                 f"trainer.max_skipped_steps={self.ceiling}; the weights are those of the last finite step. Lower the "
                 "learning rate, or look at the records of these steps."
             )
+
+
+def require_same_slots(mesh: Mesh, micro_batches: Sequence[LatentBatch]) -> None:
+    """Check that all ranks of each sequence group hold the same micro-batches (collective, with more than one).
+
+    Before their first exchange: ranks that count other tokens would wait for one another without end. It can happen
+    only where one rank reads a record as damaged that the others read well.
+
+    Raises:
+        RuntimeError: on all ranks; a restart reads the records anew.
+    """
+    if mesh.sequence.size == 1:
+        return
+    slots = [(slot.source, slot.key, slot.seed) for batch in micro_batches for slot in batch.slots]
+    digest = int.from_bytes(hashlib.blake2b(repr(slots).encode(), digest_size=5).digest(), "little")
+    # Zero if a group agrees; whole numbers below 2^40 times the ranks, so the float64 sum is exact.
+    weight = -1 if mesh.sequence.rank else mesh.sequence.size - 1
+    if mesh.sum_over_ranks(torch.tensor([weight * digest])).item() != 0:
+        raise RuntimeError(
+            f"ranks that share a sequence were given different records, here {[key for _, key, _ in slots]}: one of "
+            "them met a damaged record that the others did not. Going on from the newest checkpoint reads them anew."
+        )
 
 
 class Clock:

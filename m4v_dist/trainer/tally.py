@@ -1,10 +1,9 @@
 """The numbers of one step over all its slots: loss, the objective's metrics, tokens.
 
 Collected per rank as one float64 vector and summed over ranks once, so that a step costs one small reduction. Sequence
-ranks hold the same slots and the same loss: the first of each group counts, the others check that they agree.
+ranks hold the same slots and the same loss: the first of each group counts.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +59,6 @@ class Tally:
 
     def __init__(self) -> None:
         self._tokens = 0
-        self._slots = hashlib.blake2b(digest_size=5)
         # Numbers stay on their device until the sum: no device sync in a micro-batch.
         self._losses: list[Tensor] = []
         self._metrics: dict[str, list[Tensor]] = {}
@@ -77,7 +75,6 @@ class Tally:
         for name, value in metrics.items():
             self._metrics.setdefault(name, []).append(value.detach())
         self._tokens += sum(slot.num_tokens for slot, weight in zip(batch.slots, batch.weights, strict=True) if weight)
-        self._slots.update(repr([(slot.source, slot.key, slot.seed) for slot in batch.slots]).encode())
 
     def summed(self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False) -> Sums:
         """Sum over ranks (collective).
@@ -86,9 +83,6 @@ class Tally:
             mesh: rank facts.
             bad_records: this rank's count.
             wants_stop: whether this rank was told to stop; it travels with the numbers that every step sums anyway.
-
-        Raises:
-            RuntimeError: ranks that share a sequence were given different records; on all ranks.
         """
         losses = torch.stack([value.double() for value in self._losses]).sum().reshape(1).cpu()
         metrics = [torch.stack(values).double().sum(0).cpu() for values in self._metrics.values()]
@@ -97,12 +91,7 @@ class Tally:
         if mesh.sequence.rank:
             # Not zeros: a loss that is not finite on any rank must show.
             values = values * 0
-        *total, disagreement = mesh.sum_over_ranks(torch.cat([values, self._disagreement(mesh)])).tolist()
-        if disagreement:
-            raise RuntimeError(
-                "ranks that share a sequence were given different records: one of them met a failed read that the "
-                "others did not. No weight was moved by this step; going on from the newest checkpoint reads them anew."
-            )
+        total = mesh.sum_over_ranks(values).tolist()
         pairs = total[1 : 1 + 2 * len(metrics)]
         bad, stop, tokens = (int(value) for value in total[1 + 2 * len(metrics) :])
         return Sums(
@@ -114,12 +103,3 @@ class Tally:
             bad_records=bad,
             wants_stop=stop > 0,
         )
-
-    def _disagreement(self, mesh: Mesh) -> Tensor:
-        """[1]: this rank's term of a sum that is zero if all ranks of a sequence group had the same slots.
-
-        A whole number below 2^40 times the group's size, so the float64 sum is exact.
-        """
-        digest = int.from_bytes(self._slots.digest(), "little")
-        weight = -1 if mesh.sequence.rank else mesh.sequence.size - 1
-        return torch.tensor([weight * digest]).double()

@@ -28,7 +28,7 @@ from m4v_dist.trainer.attempt import begin_attempt
 from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from m4v_dist.trainer.ema import Ema
-from m4v_dist.trainer.guards import Clock, SkippedSteps
+from m4v_dist.trainer.guards import Clock, SkippedSteps, require_same_slots
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
 from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
@@ -196,6 +196,7 @@ class Trainer:
         batch = next(batches)
         assert batch.step == self.step, f"the loader yields step {batch.step}, the trainer is at {self.step}"
         data_s = self.clock.lap()
+        require_same_slots(self.mesh, batch.micro_batches)
         rate = learning_rate(curriculum_stage.settings, self.step - curriculum_stage.start)
         tally = Tally()
         with self.engine.accumulate():
@@ -237,7 +238,9 @@ class Trainer:
         self._lap_other()
         self.engine.train(False)
         tally = Tally()
-        for micro_batch in self.loader.held_out():
+        micro_batches = self.loader.held_out()
+        require_same_slots(self.mesh, micro_batches)
+        for micro_batch in micro_batches:
             output = self.objective(self.engine.model, micro_batch)
             tally.add(output.loss, output.metrics, micro_batch)
         self.engine.train(True)
