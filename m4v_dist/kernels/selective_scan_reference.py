@@ -137,7 +137,8 @@ def _chunk(
         ends = borders[1]
         is_here = ((ends >= 0) & (ends < length))[:, None, None]
         finals = torch.where(is_here, state[0].index_select(0, ends.clamp(0, length - 1)), finals)
-    return y, state[:, -1], finals
+    # A copy: a view would keep the states of the whole chunk alive, which are computed again for just that reason.
+    return y, state[:, -1].clone(), finals
 
 
 def _compute_dtype(u: Tensor) -> torch.dtype:
