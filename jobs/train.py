@@ -35,7 +35,7 @@ from m4v_dist.objective.history import choose_unit, num_segment_tokens
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.curriculum import curriculum_stages
-from m4v_dist.trainer.deepspeed_engine import model_state_bytes
+from m4v_dist.trainer.model_states import model_states
 from m4v_dist.trainer.optimizer import is_frozen
 from m4v_dist.trainer.resume import require_same_run
 from m4v_dist.trainer.trainer import Trainer
@@ -245,7 +245,7 @@ def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
             f"{round(tokens * workers / len(batches)):>13,}{training:>14,}"
         )
     loader.close()
-    states = model_state_bytes(total, config.trainer.zero_stage, workers) / 2**30
+    states = model_states(total, total, zero_stage=config.trainer.zero_stage, world_size=workers).held / 2**30
     lines.append(
         f"{total:,} parameters; weights, gradients, moments and average take {states:.2f} GiB a rank (ZeRO "
         f"{config.trainer.zero_stage}, {workers} ranks); tokens from the first {_PLANNED_STEPS} steps of rank 0"
