@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from data_pipeline.latent_cache import CacheRecord, CorruptRecordError
-from data_pipeline.mixture import Cursor, pack_slots
+from data_pipeline.mixture import Cursor, spread_slots
 from data_pipeline.slot_plan import LoaderState, SlotPlanner, StagePlan
 from m4v_dist.batch import LatentBatch, Slot
 from m4v_dist.errors import ConfigError, DataError
@@ -221,8 +221,7 @@ class LatentLoader:
 
     def _read_step(self, stage: StagePlan, step: int, slots: list[Slot]) -> StepBatch:
         num_micro = self._planner.num_slots // self._world_size // stage.settings.micro_batch_slots
-        bins = pack_slots([slot.num_tokens for slot in slots], self._world_size * num_micro)
-        mine = bins[self._rank * num_micro : (self._rank + 1) * num_micro]
+        mine = spread_slots([slot.num_tokens for slot in slots], self._world_size, num_micro)[self._rank]
         # members of a sync group on this rank share one read
         read: dict[tuple[str, int], CacheRecord] = {}
         batches = [
