@@ -37,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 COLUMNS = ((4, 2, 33), (2, 1, 20), (5, 0, 7))
 """(unit, pyramid stage, text tokens) of a packed micro-batch."""
-TOLERANCE = 0.03
+TOLERANCE = 0.01
 """Index tables, masks and what belongs to a column weigh more here, at a width of 96, than in any real model."""
 
 
@@ -104,7 +104,8 @@ def test_the_graph_holds_what_was_counted(name: str, is_mixed: bool, recompute: 
         expected = counted.saved - 4 * settings.head_dim * sum(shape.num_video for shape in shapes)
         expected += 2 * settings.hidden_size * 64 if is_mixed else 0
     real = saved_bytes(build_model(settings, kernels, seed=0), model_input, is_mixed=is_mixed)
-    assert expected == pytest.approx(real, rel=TOLERANCE)
+    # Little is held with recompute, so what is left out weighs twice as much.
+    assert expected == pytest.approx(real, rel=2 * TOLERANCE if recompute else TOLERANCE)
 
 
 class _PeakBytes(TorchDispatchMode):

@@ -33,7 +33,8 @@ class _Model(nn.Module):
 def _storages() -> dict[int, int]:
     """Bytes of every storage of this process by its address."""
     gc.collect()
-    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    # By type, since isinstance asks each of a million objects in Python.
+    tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     found = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
@@ -51,11 +52,12 @@ def _held_by_an_engine(zero_stage: int, freeze: tuple[str, ...]) -> int:
     engine = ZeroEngine(_Model(), settings, freeze=freeze, micro_batch_slots=1, mesh=mesh)
     average = Ema(engine.slices(), 0.9)
     held = 0
-    # The second step, so that what the first one left behind counts.
-    for _ in range(2):
+    # Looked at in the second step, so that what the first one left behind counts.
+    for is_second in (False, True):
         with engine.accumulate():
             engine.backward(engine.model(torch.randn(3, WIDTH)).square().mean())
-            held = sum(size for pointer, size in _storages().items() if pointer not in before)
+            if is_second:
+                held = sum(size for pointer, size in _storages().items() if pointer not in before)
         engine.step(1e-3)
         average.update(engine.slices())
     engine.close()
@@ -63,9 +65,8 @@ def _held_by_an_engine(zero_stage: int, freeze: tuple[str, ...]) -> int:
 
 
 def test_an_engine_holds_what_was_counted() -> None:
-    cases: list[tuple[int, tuple[str, ...]]] = [
-        (zero_stage, freeze) for zero_stage in (1, 2, 3) for freeze in ((), ("double_blocks",))
-    ]
+    frozen = ("double_blocks",)
+    cases: list[tuple[int, tuple[str, ...]]] = [(1, ()), (2, ()), (2, frozen), (3, ()), (3, frozen)]
     block = WIDTH * WIDTH + WIDTH
     first, second = run_ranks(held_by_engines, 2, cases)
     for case, *held in zip(cases, first, second, strict=True):
