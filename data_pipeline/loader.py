@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from data_pipeline.latent_cache import CacheRecord, CorruptRecordError
-from data_pipeline.mixture import Cursor, num_micro_batches, pack_slots
+from data_pipeline.mixture import Cursor, num_micro_batches, spread_slots
 from data_pipeline.slot_plan import LoaderState, SlotPlanner, StagePlan
 from m4v_dist.batch import LatentBatch, Slot
 from m4v_dist.errors import ConfigError, DataError
@@ -229,8 +229,7 @@ class LatentLoader:
 
     def _read_step(self, stage: StagePlan, step: int, slots: list[Slot]) -> StepBatch:
         num_micro = num_micro_batches(len(slots), self._world_size, stage.settings.micro_batch_slots)
-        bins = pack_slots([slot.num_tokens for slot in slots], self._world_size * num_micro)
-        mine = bins[self._rank * num_micro : (self._rank + 1) * num_micro]
+        mine = spread_slots([slot.num_tokens for slot in slots], self._world_size, num_micro)[self._rank]
         filler = [min(slots, key=lambda slot: (slot.num_tokens, slot.index)).index]
         # members of a sync group on this rank share one read
         read: dict[tuple[str, int], CacheRecord] = {}

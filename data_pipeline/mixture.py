@@ -138,6 +138,27 @@ def num_micro_batches(num_slots: int, world_size: int, micro_batch_slots: int) -
     return math.ceil(num_slots / (world_size * micro_batch_slots))
 
 
+def spread_slots(num_tokens: Sequence[int], num_ranks: int, num_micro_batches: int) -> list[list[list[int]]]:
+    """Spread slots over ranks and their micro-batches, so that ranks have about equal tokens in all.
+
+    `pack_slots` makes the micro-batches; they go round the ranks from the fullest to the emptiest and back, so that a
+    rank with a full one has an empty one too. The n-th micro-batches of all ranks are about equal among themselves.
+
+    Args:
+        num_tokens: of each slot.
+        num_ranks: data-parallel ranks.
+        num_micro_batches: of each rank.
+
+    Returns:
+        for each rank, for each of its micro-batches, slot numbers, ascending.
+    """
+    bins = pack_slots(num_tokens, num_ranks * num_micro_batches)
+    bins.sort(key=lambda members: (-sum(num_tokens[slot] for slot in members), members))
+    rows = [bins[at : at + num_ranks] for at in range(0, len(bins), num_ranks)]
+    turned = [row if number % 2 == 0 else row[::-1] for number, row in enumerate(rows)]
+    return [list(micro_batches) for micro_batches in zip(*turned, strict=True)]
+
+
 def pack_slots(num_tokens: Sequence[int], num_bins: int) -> list[list[int]]:
     """Spread slots over bins of about equal tokens, and of equal count where their number allows it.
 

@@ -17,7 +17,13 @@ from data_pipeline.latent_cache import FORMAT_VERSION, index_path, read_manifest
 from data_pipeline.manifest import list_shards, read_index
 from data_pipeline.pack import count_records
 from m4v_dist import storage
-from m4v_dist.config.data_settings import CodecSettings, PrecomputeSettings, SourceSettings, TextEncoderSettings
+from m4v_dist.config.data_settings import (
+    BucketSettings,
+    CodecSettings,
+    PrecomputeSettings,
+    SourceSettings,
+    TextEncoderSettings,
+)
 from m4v_dist.errors import DataError
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
@@ -44,10 +50,14 @@ class PrecomputePlan:
     codec: CodecSettings
     text_encoder: TextEncoderSettings
 
-    @property
-    def decode_rule(self) -> DecodeRule:
-        """How clips are cut."""
-        buckets = tuple((bucket.height_px, bucket.width_px) for bucket in self.precompute.buckets)
+    def buckets_of(self, source: str) -> tuple[BucketSettings, ...]:
+        """Sizes that the clips of a source may go to."""
+        own = next(item.buckets for item in self.sources if item.name == source)
+        return own or self.precompute.buckets
+
+    def decode_rule(self, source: str) -> DecodeRule:
+        """How the clips of a source are cut."""
+        buckets = tuple((bucket.height_px, bucket.width_px) for bucket in self.buckets_of(source))
         return DecodeRule(buckets, self.precompute.num_frames, self.precompute.fps)
 
 
@@ -142,7 +152,11 @@ def plan_tasks(plan: PrecomputePlan, description: dict[str, Any]) -> list[ShardT
     names = _output_names(shards)
     tasks = []
     for (source, path), name in zip(shards, names, strict=True):
-        settings = {"description": description, "media": source.media, "input": _input_fingerprint(path)}
+        settings: dict[str, Any] = {
+            "description": description, "media": source.media, "input": _input_fingerprint(path),
+        }  # fmt: skip
+        if source.buckets:
+            settings["buckets"] = [[bucket.height_px, bucket.width_px] for bucket in source.buckets]
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
         tasks.append(ShardTask(source.name, source.media, path, name, digest))
     return tasks
@@ -199,8 +213,6 @@ def describe_plan(plan: PrecomputePlan) -> str:
     tasks = plan_tasks(plan, description)
     todo = [task for task in tasks if committed_outcome(plan.precompute.cache, task) is None]
     require_decoder(todo)
-    largest = max(plan.precompute.buckets, key=lambda bucket: bucket.height_px * bucket.width_px)
-    grid = largest.height_px * largest.width_px // description["spatial_stride"] ** 2
     longest = (plan.precompute.num_frames - 1) // description["temporal_stride"] + 1
     lines, total = [f"{'source':<20}{'shards':>8}{'to do':>8}{'clips':>10}{'at most MiB':>14}"], 0.0
     for source in plan.sources:
@@ -208,6 +220,8 @@ def describe_plan(plan: PrecomputePlan) -> str:
         num_todo = sum(task.source == source.name for task in todo)
         clips = sum(count_records(task.path) for task in of_source)
         latents = longest if source.media == "video" else 1
+        largest = max(bucket.height_px * bucket.width_px for bucket in plan.buckets_of(source.name))
+        grid = largest // description["spatial_stride"] ** 2
         mib = clips * latents * grid * description["latent_channels"] * 2 / 2**20
         total += mib
         lines.append(f"{source.name:<20}{len(of_source):>8}{num_todo:>8}{clips:>10}{mib:>14.1f}")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from data_pipeline.decode import DecodedClip, DecodeError
+from data_pipeline.decode import DecodedClip, DecodeError, DecodeRule
 from data_pipeline.decoder_pool import DecoderPool
 from data_pipeline.encode import ClipEncoder, EncodedClip, EncodeError
 from data_pipeline.filters import reason_to_drop, scores
@@ -44,12 +44,23 @@ class ShardActor:
         device = "cuda" if plan.precompute.gpus_per_actor else "cpu"
         self._text_encoder = build_text_encoder(plan.text_encoder, device)
         self._encoder = ClipEncoder(build_codec(plan.codec), self._text_encoder, device)
-        settings = plan.precompute
-        self._pool = DecoderPool(settings.decode_processes, settings.timeout_s, plan.decode_rule)
+        self._rule: DecodeRule | None = None
+        self._pool: DecoderPool | None = None
 
     def close(self) -> None:
         """End the decoder children."""
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
+        self._rule = self._pool = None
+
+    def _pool_of(self, source: str) -> DecoderPool:
+        """Decoder children that cut clips as this source wants them; those of another rule end first."""
+        rule = self._plan.decode_rule(source)
+        if self._pool is None or self._rule != rule:
+            self.close()
+            settings = self._plan.precompute
+            self._rule, self._pool = rule, DecoderPool(settings.decode_processes, settings.timeout_s, rule)
+        return self._pool
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         rows: dict[str, list[Any]] = {"name": [], "outcome": [], "error": [], "exit_code": []}
@@ -114,9 +125,10 @@ class ShardActor:
                 waiting.append(raw)
                 yield raw.data, str(raw.kind)
 
-        for result in self._pool.decode_all(media()):
+        pool = self._pool_of(task.source)
+        for result in pool.decode_all(media()):
             raw = waiting.pop(0)
-            final = self._retry(raw, result) if isinstance(result, DecodeError) else result
+            final = self._retry(pool, raw, result) if isinstance(result, DecodeError) else result
             if isinstance(final, DecodeError):
                 _quarantine(outcome, task, raw.key, str(final))
             else:
@@ -139,10 +151,10 @@ class ShardActor:
                 yield raw
             seen.add(raw.key)
 
-    def _retry(self, raw: RawClip, error: DecodeError) -> DecodedClip | DecodeError:
+    def _retry(self, pool: DecoderPool, raw: RawClip, error: DecodeError) -> DecodedClip | DecodeError:
         for _ in range(self._plan.precompute.num_retries):
             try:
-                return self._pool.decode(raw.data, str(raw.kind))
+                return pool.decode(raw.data, str(raw.kind))
             except DecodeError as again:
                 error = again
         return error

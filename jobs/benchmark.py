@@ -89,7 +89,7 @@ def ablation(config: RunConfig, dry_run: bool) -> str:
     seeds = range(config.run.seed, config.run.seed + config.benchmark.num_seeds)
     planned = [(row, run_config(config, row, seed)) for seed in seeds for row in rows]
     for _, made in planned[: len(rows)]:
-        check_data(made).close()
+        check_data(made)
     what = f"{len(planned)} runs of {config.benchmark.num_steps} steps: {', '.join(rows)}"
     if dry_run:
         return f"dry run: would train {what}, in {ablation_folder(config)}"

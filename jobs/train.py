@@ -16,15 +16,12 @@ from torch import nn
 
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.loader import LatentLoader
-from data_pipeline.mixture import num_micro_batches
-from data_pipeline.slot_plan import SlotPlanner
-from jobs import cli
+from jobs import cli, plan
 from m4v_dist import storage
-from m4v_dist.batch import LatentBatch
-from m4v_dist.bench.sequence_cut import sequence_line
+from m4v_dist.bench.training_plan import plan_report, require_memory
 from m4v_dist.config.load import config_from_json, config_to_json
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import ConfigError, DataError
+from m4v_dist.errors import ConfigError, DataError, StoreError
 from m4v_dist.frozen.latent_normalization import LatentNormalization
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
@@ -34,27 +31,22 @@ from m4v_dist.launch.ray_workers import run_workers
 from m4v_dist.model.build import build_model, build_on_meta, require_channels, require_text_widths
 from m4v_dist.model.start_weights import check_start_weights
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
-from m4v_dist.objective.history import choose_unit, num_segment_tokens
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.curriculum import curriculum_stages
-from m4v_dist.trainer.deepspeed_engine import model_state_bytes
-from m4v_dist.trainer.optimizer import is_frozen
 from m4v_dist.trainer.resume import require_same_run
 from m4v_dist.trainer.trainer import Trainer
 from m4v_dist.weights_file import fill_weights
 
 logger = logging.getLogger(__name__)
 
-_PLANNED_STEPS = 4
-"""Steps of each stage that a dry run plans, to count tokens."""
-
 
 def train(config: RunConfig, dry_run: bool) -> str:
     """Check what can be known, then train on Ray workers.
 
     Raises:
-        ConfigError: the run folder cannot be used, or belongs to a run with other settings.
+        ConfigError: the run folder cannot be used, or belongs to a run with other settings; or a stage does not fit
+            the memory of `launch.gpu`.
         DataError: the cache is missing, of another codec, or too small for a stage; or a checkpoint or the start
             weights are damaged.
         RetriesExhaustedError: workers failed too often.
@@ -64,16 +56,11 @@ def train(config: RunConfig, dry_run: bool) -> str:
     """
     config = with_absolute_paths(config)
     step = check_run_folder(config)
-    if step == 0 and config.start_weights is not None:
-        check_start_weights(config, build_on_meta(config.model, config.kernels))
-    loader = check_data(config)
     if dry_run:
-        check_resources(config.launch)
-        logger.info("plan\n%s", plan_table(config, loader, step))
-        if step == config.total_steps:
-            return f"dry run: nothing is left to do; {config.run.folder} is trained to its last step {step}"
-        return "dry run: the plan above can be done; nothing was written"
-    loader.close()
+        return preflight(config, step)
+    cache = check_inputs(config, step)
+    if config.launch.gpu is not None:
+        require_memory(config, plan.planned_stages(config, cache), plan.states_of)
     if step == config.total_steps:
         return f"nothing to do: {config.run.folder} is trained to its last step {step}"
     notes = storage.join(config.run.folder, "attempts", "ray")
@@ -90,6 +77,33 @@ def train(config: RunConfig, dry_run: bool) -> str:
     loss = result["held_out_loss"]
     held_out = "" if loss is None else f", held-out loss {loss:.4f}"
     return f"{result['step']} steps done{held_out}; {result['checkpoint']}"
+
+
+def preflight(config: RunConfig, step: int) -> str:
+    """Print the plan, then refuse what cannot work; where its cache cannot be used, the plan is of assumed records.
+
+    Args:
+        config: of the run.
+        step: that the run folder stands at.
+    """
+    missing: ConfigError | DataError | StoreError | None = None
+    try:
+        cache = check_inputs(config, step)
+    except (ConfigError, DataError, StoreError) as error:
+        # Raised again below: what is missing does not keep the arithmetic from being shown.
+        missing, cache = error, plan.cache_to_come(config)
+    stages = plan.planned_stages(config, cache)
+    found = f"records of {cache.path}" if missing is None else "assumed records, clips and texts as long as can be"
+    logger.info("plan, from %s\n\n%s\n", found, plan_report(config, stages, plan.states_of))
+    weights = f" with the weights of {config.start_weights}" if step == 0 and config.start_weights else ""
+    logger.info("starts at step %d of %d%s; folder %s", step, config.total_steps, weights, config.run.folder)
+    require_memory(config, stages, plan.states_of)
+    if missing is not None:
+        raise missing
+    check_resources(config.launch)
+    if step == config.total_steps:
+        return f"dry run: nothing is left to do; {config.run.folder} is trained to its last step {step}"
+    return "dry run: the plan above can be done; nothing was written"
 
 
 def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Any]:
@@ -124,20 +138,8 @@ def newest_checkpoint(task: dict[str, Any]) -> str | None:
 
 def build_loader(config: RunConfig, cache: LatentCache, rank: int, world_size: int) -> LatentLoader:
     """The loader of one data-parallel rank; its sequence ranks have equal ones."""
-    planner = SlotPlanner(
-        cache,
-        sources=config.sources,
-        curriculum=config.curriculum,
-        seed=config.run.seed,
-        num_slots=config.trainer.global_batch_slots,
-        group_size=config.trainer.sync_group,
-        objective=config.objective,
-        choose_unit=choose_unit,
-        num_segment_tokens=num_segment_tokens,
-        patch_size=config.model.patch_size,
-    )
     return LatentLoader(
-        planner,
+        plan.build_planner(config, cache),
         rank=rank,
         world_size=world_size,
         prefetch_steps=config.trainer.prefetch_steps,
@@ -198,7 +200,18 @@ def check_run_folder(config: RunConfig) -> int:
     return step
 
 
-def check_data(config: RunConfig) -> LatentLoader:
+def check_inputs(config: RunConfig, step: int) -> LatentCache:
+    """Check what a run begins from: start weights if it stands at its start, and data.
+
+    Raises:
+        DataError: either is missing or damaged; see `check_data`.
+    """
+    if step == 0 and config.start_weights is not None:
+        check_start_weights(config, build_on_meta(config.model, config.kernels))
+    return check_data(config)
+
+
+def check_data(config: RunConfig) -> LatentCache:
     """Open the cache with this run's fingerprint, and try every stage's buckets and the held-out slots.
 
     Raises:
@@ -215,8 +228,9 @@ def check_data(config: RunConfig) -> LatentLoader:
     for index in range(len(config.curriculum)):
         loader.enter(index, 0)
     loader.held_out()
+    loader.close()
     build_on_meta(config.model, config.kernels)
-    return loader
+    return cache
 
 
 def _require_short_texts(config: RunConfig, cache: LatentCache) -> None:
@@ -232,43 +246,6 @@ def _require_short_texts(config: RunConfig, cache: LatentCache) -> None:
             f"is {rows[0].source}/{rows[0].key} with {rows[0].num_text_tokens}; another program wrote them: "
             f"{cache.how_to_redo(row.shard for row in rows)}."
         )
-
-
-def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
-    """Steps, slots, tokens, parameters and memory of each stage, as text."""
-    ranks, slots = config.launch.num_data_ranks, config.trainer.global_batch_slots
-    named = [(name, p.numel()) for name, p in build_on_meta(config.model, config.kernels).named_parameters()]
-    total = sum(size for _, size in named)
-    micro_batches: list[LatentBatch] = []
-    lines = [
-        f"{'stage':<16}{'steps':>14}{'slots':>7}{'micro-batches':>15}{'latents':>9}{'tokens/step':>13}{'training':>14}"
-    ]
-    for curriculum_stage in curriculum_stages(config.curriculum):
-        settings = curriculum_stage.settings
-        loader.enter(curriculum_stage.index, 0)
-        batches = [batch for batch, _ in zip(loader.steps(), range(_PLANNED_STEPS), strict=False)]
-        tokens = sum(slot.num_tokens for b in batches for micro in b.micro_batches for slot in micro.slots)
-        loader.load_state_dict({**loader.state_dict(), "next_step": 0, "cursors": {}})
-        training = sum(size for name, size in named if not is_frozen(name, settings.freeze))
-        span = f"{curriculum_stage.start}..{curriculum_stage.stop}"
-        micro = f"{ranks} x {num_micro_batches(slots, ranks, settings.micro_batch_slots)}"
-        lines.append(
-            f"{settings.name:<16}{span:>14}{slots:>7}{micro:>15}{settings.num_latents:>9}"
-            f"{round(tokens * ranks / len(batches)):>13,}{training:>14,}"
-        )
-        micro_batches += [micro_batch for batch in batches for micro_batch in batch.micro_batches]
-    loader.close()
-    workers = config.launch.num_workers
-    states = model_state_bytes(total, config.trainer.zero_stage, workers) / 2**30
-    lines.append(
-        f"{total:,} parameters; weights, gradients, moments and average take {states:.2f} GiB a rank (ZeRO "
-        f"{config.trainer.zero_stage}, {workers} ranks); tokens from the first {_PLANNED_STEPS} steps of rank 0"
-    )
-    if config.launch.sequence_parallel > 1:
-        lines.append(sequence_line(config, micro_batches))
-    weights = f" with the weights of {config.start_weights}" if step == 0 and config.start_weights else ""
-    lines.append(f"starts at step {step} of {config.total_steps}{weights}; folder {config.run.folder}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -62,11 +62,11 @@ def column_of(
     return column
 
 
-def config_columns(config: RunConfig, height_px: int, width_px: int) -> ColumnOf:
-    """Columns of a config's model at a size; each text is counted at the encoder's longest."""
+def config_columns(config: RunConfig, height_px: int, width_px: int, num_text: int | None = None) -> ColumnOf:
+    """Columns of a config's model at a size; a text counts `num_text` tokens, or None: the encoder's most."""
     return column_of(
         (height_px // LATENT_STRIDE, width_px // LATENT_STRIDE),
-        config.text_encoder.max_tokens,
+        config.text_encoder.max_tokens if num_text is None else num_text,
         patch_size=config.model.patch_size,
         num_pyramid_stages=config.objective.num_pyramid_stages,
         has_temporal_mask=config.model.has_temporal_mask,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,7 @@ other files derive from it (scan orders, rotary angles, temporal rows) are kept 
 Legend: `lt` text tokens of all columns, `lv` video tokens of all columns, `k` columns.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TypeVar
@@ -265,13 +265,13 @@ def cut_columns(columns: tuple[ColumnShape, ...], num_ranks: int) -> tuple[tuple
     return tuple(ranks)
 
 
-def cut_imbalance(columns: tuple[ColumnShape, ...], num_ranks: int) -> float:
+def cut_imbalance(columns: Sequence[ColumnShape], num_ranks: int) -> float:
     """Tokens of the fullest sequence rank over the mean; a column's text counts at both ends, as it is scanned."""
     weights = _frame_weights(columns)
     return imbalance(weights, cut_evenly(weights, num_ranks))
 
 
-def _frame_weights(columns: tuple[ColumnShape, ...]) -> list[int]:
+def _frame_weights(columns: Sequence[ColumnShape]) -> list[int]:
     weights = []
     for column in columns:
         own = [frame.num_tokens for frame in column.frames]

@@ -7,6 +7,13 @@ from pydantic import Field, field_validator, model_validator
 from m4v_dist.config.settings import Fraction, Name, PositiveInt, Settings
 
 
+class BucketSettings(Settings):
+    """One size of clips in the cache."""
+
+    height_px: int = Field(gt=0, multiple_of=16, description="Height in pixels after resize and crop.")
+    width_px: int = Field(gt=0, multiple_of=16, description="Width in pixels after resize and crop.")
+
+
 class SourceSettings(Settings):
     """One named source of clips or images."""
 
@@ -15,13 +22,11 @@ class SourceSettings(Settings):
     media: Literal["video", "image"] = Field(description="What the records hold.")
     licence: str = Field(description="Licence of the source, carried into the cache.")
     split: Literal["train", "held_out"] = Field(default="train", description="Held-out sources are never trained on.")
-
-
-class BucketSettings(Settings):
-    """One size of clips in the cache."""
-
-    height_px: int = Field(gt=0, multiple_of=16, description="Height in pixels after resize and crop.")
-    width_px: int = Field(gt=0, multiple_of=16, description="Width in pixels after resize and crop.")
+    buckets: tuple[BucketSettings, ...] = Field(
+        default=(),
+        description="Those of precompute.buckets that its clips go to; empty: all. Two sources of one set of shards "
+        "give it in two sizes.",
+    )
 
 
 class PrecomputeSettings(Settings):

@@ -104,6 +104,17 @@ class LaunchSettings(Settings):
         gt=0,
         description="CPUs that Ray reserves for a worker, and OMP_NUM_THREADS there; torch obeys trainer.num_threads.",
     )
+    gpu: Literal["a100_40gb", "a100_80gb", "h100_80gb", "h200_141gb"] | None = Field(
+        default=None,
+        description="Kind of GPU of each worker, for the plan: a stage that its memory cannot hold, by arithmetic, is "
+        "refused before any worker starts; None plans without a limit.",
+    )
+    assumed_mfu: float = Field(
+        default=0.35,
+        gt=0,
+        le=1,
+        description="Model FLOPs (no recompute) over that GPU's bfloat16 peak, for the plan's GPU-hours.",
+    )
     max_failures: int = Field(
         default=3,
         ge=-1,

@@ -1,5 +1,8 @@
 """What needs more than one section of a run to check; it reads plain values and changes nothing."""
 
+from collections.abc import Sequence
+
+from m4v_dist.config.data_settings import BucketSettings
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
 
@@ -19,6 +22,14 @@ def validate(config: RunConfig) -> None:
     _validate_sizes(config)
     train_names = {source.name for source in config.train_sources}
     cached = set(config.precompute.buckets)
+    for source in config.sources:
+        stray = [bucket for bucket in source.buckets if bucket not in cached]
+        if stray:
+            raise ConfigError(
+                f"sources {source.name!r}: bucket {_sizes(stray)} is not among precompute.buckets "
+                f"({_sizes(config.precompute.buckets)}); add it there, or take one of them."
+            )
+    own_buckets = {source.name: source.buckets or config.precompute.buckets for source in config.sources}
     for stage in config.curriculum:
         unknown = sorted(set(stage.weights) - train_names)
         if unknown:
@@ -28,10 +39,15 @@ def validate(config: RunConfig) -> None:
             )
         missing = [bucket for bucket in stage.buckets if bucket not in cached]
         if missing:
-            sizes = [f"{bucket.height_px}x{bucket.width_px}" for bucket in missing]
             raise ConfigError(
-                f"curriculum {stage.name!r}: bucket {', '.join(sizes)} is not among precompute.buckets; add it there."
+                f"curriculum {stage.name!r}: bucket {_sizes(missing)} is not among precompute.buckets; add it there."
             )
+        for name in stage.weights:
+            if not set(own_buckets[name]) & set(stage.buckets):
+                raise ConfigError(
+                    f"curriculum {stage.name!r}: reads {_sizes(stage.buckets)}, but the clips of source {name!r} go to "
+                    f"{_sizes(own_buckets[name])}; name a source that has these sizes, or drop the weight."
+                )
         longest = (config.precompute.num_frames - 1) // 8 + 1
         if stage.num_latents > longest:
             raise ConfigError(
@@ -66,6 +82,10 @@ def _validate_sequence(config: RunConfig) -> None:
 
 def _divisors(number: int) -> str:
     return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+
+
+def _sizes(buckets: Sequence[BucketSettings]) -> str:
+    return ", ".join(f"{bucket.height_px}x{bucket.width_px}" for bucket in buckets)
 
 
 def _validate_batch(config: RunConfig) -> None:

@@ -113,7 +113,8 @@ def _chunk(
         reach *= 2
     state = state + decay * entering[:, None]
     y = (state * C[:, :, None]).sum(dim=-1)
-    return y, state[:, -1]
+    # A copy: a view would keep the states of the whole chunk alive, which are computed again for just that reason.
+    return y, state[:, -1].clone()
 
 
 def _compute_dtype(u: Tensor) -> torch.dtype:

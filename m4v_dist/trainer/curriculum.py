@@ -3,6 +3,14 @@
 A curriculum stage is a range of global steps with its own data, learning rate, freeze set and micro-batch. At
 its boundary the trainer commits a checkpoint, builds a new engine and loads that checkpoint into it: the same path as a
 resume, so a boundary cannot carry over anything that a restart would lose.
+
+What carries over: weights, their average (EMA) and its count, AdamW's moments and step counter of each group that
+trained, counts of samples and tokens, the number of skipped steps, and how far each source was walked. A walk belongs
+to a source and the stage's buckets: the next stage goes on in it where it reads the same sizes, and begins another
+where it reads others, which a later stage may come back to.
+
+What begins anew: the warm-up of the learning rate; moments and counter of a set that was frozen until now; the choice
+of sources, which are the stage's. Nothing is interpolated between two stages.
 """
 
 from collections.abc import Sequence

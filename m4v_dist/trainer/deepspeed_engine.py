@@ -71,16 +71,6 @@ def deepspeed_config(settings: TrainerSettings, *, micro_batch_slots: int, world
     return config
 
 
-def model_state_bytes(num_parameters: int, zero_stage: int, world_size: int) -> int:
-    """Estimate what one rank holds besides activations: float32 weights, gradients, master, moments and average.
-
-    Gradients count in full at every stage, because they are reduced once a step.
-    """
-    share = num_parameters / world_size
-    weights = share if zero_stage == 3 else num_parameters
-    return round(4 * (weights + num_parameters + 4 * share))
-
-
 def prepare_process(mesh: Mesh) -> None:
     """Make DeepSpeed use the process group that is up; must come before any `ZeroEngine` (collective)."""
     if mesh.device.type == "cpu":

@@ -14,7 +14,8 @@ from m4v_dist.bench.markdown import amount, table
         (73_730_000, "73.73 M"),
         (960_000_000_000, "960.0 G"),
         (57.83e12, "57.83 T"),
-        (1972e15, "1972 P"),
+        (1972e15, "1.972 E"),
+        (1972e18, "1972 E"),
     ],
 )
 def test_an_amount_has_four_digits_and_a_prefix(count: float, text: str) -> None:

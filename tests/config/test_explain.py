@@ -57,7 +57,11 @@ def test_an_unknown_key_is_looked_for_in_every_section(key: str, value: Any, mea
 
 def test_a_position_that_the_key_stands_at_is_kept_and_the_nearest_section_comes_first() -> None:
     (line,) = _lines(_broken("curriculum.0.height_px", 64))
-    assert "mean curriculum.0.buckets.N.height_px, precompute.buckets.N.height_px or sampling.height_px?" in line
+    meant = (
+        "curriculum.0.buckets.N.height_px, sources.N.buckets.N.height_px, precompute.buckets.N.height_px or "
+        "sampling.height_px?"
+    )
+    assert f"did you mean {meant}" in line
 
 
 def test_a_key_that_is_like_no_other_gets_no_suggestion() -> None:

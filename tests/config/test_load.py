@@ -1,11 +1,13 @@
 """Configuration is strict, and its errors say what, where and the way out."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from m4v_dist.config.gpus import GPUS
 from m4v_dist.config.load import config_from_json, config_to_json, load_config, parse_config
+from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import ConfigError
 from tests.config.run_values import run_values
 
@@ -96,6 +98,7 @@ def test_a_model_without_attention_may_have_any_number_of_sequence_ranks() -> No
         ({"weights": {"unseen": 1.0}}, "training sources are ['clips']"),
         ({"num_latents": 4}, "raise precompute.num_frames to 25"),
         ({"buckets": [{"height_px": 128, "width_px": 64}]}, "128x64"),
+        ({"weights": {"klips": 1.0}}, "weights name ['klips'], but the training sources are ['clips']"),
     ],
 )
 def test_curriculum_stage_that_contradicts_other_sections_is_refused(change: dict[str, Any], words: str) -> None:
@@ -113,3 +116,26 @@ def test_missing_file_and_broken_toml_are_config_errors(tmp_path: Path) -> None:
     broken.write_text("[run\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_config(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("buckets", "words"),
+    [
+        ([{"height_px": 128, "width_px": 128}], ["clips", "128x128", "precompute.buckets (64x64, 64x128)"]),
+        ([{"height_px": 64, "width_px": 128}], ["'video'", "reads 64x64", "'clips' go to 64x128"]),
+    ],
+    ids=["a size that the cache will not have", "a size that the stage does not read"],
+)
+def test_a_source_of_other_sizes_is_refused_with_both(buckets: list[dict[str, int]], words: list[str]) -> None:
+    values = run_values()
+    values["precompute"]["buckets"].append({"height_px": 64, "width_px": 128})
+    values["sources"][0]["buckets"] = buckets
+    with pytest.raises(ConfigError) as caught:
+        parse_config(values, "run.toml")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_gpu_that_a_plan_knows_can_be_named_and_no_other() -> None:
+    names = get_args(get_args(LaunchSettings.model_fields["gpu"].annotation)[0])
+    assert set(names) == set(GPUS)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from data_pipeline.mixture import Cursor, Mixture, Walk, pack_slots
+from data_pipeline.mixture import Cursor, Mixture, Walk, pack_slots, spread_slots
 from m4v_dist.batch import derive_seed
 
 WALKS = {"vid": Walk("vid@x", 11, True), "img": Walk("img@x", 17, False)}
@@ -54,3 +54,23 @@ def test_packed_bins_are_full_even_and_hold_each_slot_once() -> None:
     loads = [sum(tokens[slot] for slot in members) for members in bins]
     assert max(loads) - min(loads) < 960
     assert max(loads) <= 1080
+
+
+def test_ranks_get_a_full_and_an_empty_micro_batch_each_and_all_slots_once() -> None:
+    """Half of the slots are long: packed in order, the first ranks would have two full micro-batches each."""
+    tokens = [1000 + slot for slot in range(8)] + [10 + slot for slot in range(8)]
+    ranks = spread_slots(tokens, 4, 4)
+    assert [len(rank) for rank in ranks] == [4] * 4
+    assert sorted(slot for rank in ranks for members in rank for slot in members) == list(range(16))
+    loads = [sum(tokens[slot] for members in rank for slot in members) for rank in ranks]
+    assert max(loads) - min(loads) < 10
+    first_four = pack_slots(tokens, 16)[:4]
+    assert sum(tokens[slot] for members in first_four for slot in members) > max(loads) + 1000
+
+
+def test_the_nth_micro_batches_of_all_ranks_are_alike() -> None:
+    """Under ZeRO-3 the ranks wait for one another in each of them."""
+    tokens = [1000 + slot for slot in range(8)] + [10 + slot for slot in range(8)]
+    for row in zip(*spread_slots(tokens, 4, 4), strict=True):
+        loads = [sum(tokens[slot] for slot in members) for members in row]
+        assert max(loads) - min(loads) < 10

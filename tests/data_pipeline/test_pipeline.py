@@ -405,3 +405,26 @@ def test_a_decord_that_is_broken_on_a_worker_alone_quarantines_nothing(
     with pytest.raises(ConfigError, match="2 of 3 shards could not be done .*no libdecord here"):
         run_precompute(plan, nullcontext, on_a_broken_node)
     assert not (tmp_path / "cache" / "quarantine.txt").exists()
+
+
+def test_two_sources_of_one_set_of_shards_give_it_in_two_sizes(shards: str, tmp_path: Path) -> None:
+    """Of equal aspect ratio: without buckets of its own every clip would go to the first size."""
+    small, large = BucketSettings(height_px=64, width_px=64), BucketSettings(height_px=128, width_px=128)
+    pattern = f"{shards}/clips-{{000..001}}.tar"
+    sources = tuple(
+        SourceSettings(name=name, shards=pattern, media="video", licence="none", buckets=buckets)
+        for name, buckets in (("small", (small,)), ("large", (large,)), ("any", ()))
+    )
+    plan = make_plan(shards, tmp_path / "cache")
+    plan = replace(plan, sources=sources, precompute=plan.precompute.model_copy(update={"buckets": (small, large)}))
+    run_here(plan)
+    cache = LatentCache.open(str(tmp_path / "cache"))
+    sizes = {name: {(row.height_px, row.width_px) for row in cache.rows(name)} for name in cache.sources}
+    assert sizes == {"small": {(64, 64)}, "large": {(128, 128)}, "any": {(64, 64)}}
+    assert [row.key for row in cache.rows("small")] == [row.key for row in cache.rows("large")]
+    assert cache.read(cache.rows("large")[0]).latents.shape[-2:] == (16, 16)
+    assert run_here(plan).did_nothing
+    # Other buckets are other bytes, so the source's shards are redone; the others are not.
+    moved = replace(plan, sources=(sources[0].model_copy(update={"buckets": (large,)}), *sources[1:]))
+    before, after = ({task.name: task.fingerprint for task in plan_tasks(p, {})} for p in (plan, moved))
+    assert {name for name in before if before[name] != after[name]} == {"small-clips-000", "small-clips-001"}

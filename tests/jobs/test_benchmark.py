@@ -17,7 +17,7 @@ from tests.integration.small_run import make_small_cache, small_values, to_toml
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "jobs" / "configs" / "demo.toml")
-LARGE = str(ROOT / "jobs" / "configs" / "curriculum_768p.toml")
+LARGE = str(ROOT / "jobs" / "configs" / "m4v_2b.toml")
 
 
 def test_flops_prints_the_tables_and_writes_nothing(
@@ -39,7 +39,7 @@ def test_flops_needs_no_folder_that_can_be_written(capfd: pytest.CaptureFixture[
     """The run's folder may be another machine's."""
     assert benchmark.main(["flops", "--config", LARGE, "run.folder=/proc/none"]) == 0
     out = capfd.readouterr().out
-    for line in ("| video_57f ", "| video_241f ", "| full_mamba_temporal ", "| unified: ssm scan "):
+    for line in ("| video_768p_57f ", "| video_768p_241f ", "| full_mamba_temporal ", "| unified: ssm scan "):
         assert line in out
 
 

@@ -18,7 +18,7 @@ def _load(path: Path) -> RunConfig:
 
 
 def test_there_are_configs() -> None:
-    assert {path.name for path in CONFIGS} >= {"demo.toml", "tiny_cpu.toml", "curriculum_768p.toml"}
+    assert {path.name for path in CONFIGS} >= {"demo.toml", "tiny_cpu.toml", "m4v_2b.toml"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -52,3 +52,29 @@ def test_the_demo_kills_in_a_stage_that_has_room_for_it() -> None:
     every = config.trainer.checkpoint_every_steps
     assert every >= 2 * MIN_REDONE_STEPS and config.curriculum[-1].num_steps // 2 >= 2 * every
     assert config.logging.every_steps == 1 and config.launch.num_workers == 2 and config.launch.max_failures >= 1
+
+
+def test_the_papers_curriculum_is_whole_and_in_its_order() -> None:
+    """Height, latents and media of each stage; the first one twice, with the double blocks frozen and without."""
+    config = _load(next(path for path in CONFIGS if path.name == "m4v_2b.toml"))
+    media = {source.name: source.media for source in config.sources}
+    stages = [
+        (stage.buckets[0].height_px, stage.num_latents, sorted({media[name] for name in stage.weights}))
+        for stage in config.curriculum
+    ]
+    assert stages == [
+        (384, 1, ["image"]), (384, 1, ["image"]), (384, 8, ["image", "video"]), (384, 16, ["image", "video"]),
+        (768, 8, ["image", "video"]), (768, 16, ["image", "video"]), (768, 31, ["image", "video"]),
+    ]  # fmt: skip
+    assert [stage.freeze for stage in config.curriculum] == [("double_blocks",)] + [()] * 6
+    assert [stage.learning_rate for stage in config.curriculum] == [1e-4] * 2 + [5e-5] * 5
+    for stage in config.curriculum[2:]:
+        images = sum(weight for name, weight in stage.weights.items() if media[name] == "image")
+        assert images / sum(stage.weights.values()) == pytest.approx(0.2)
+
+
+def test_both_sizes_of_the_papers_curriculum_are_read_from_the_same_shards() -> None:
+    config = _load(next(path for path in CONFIGS if path.name == "m4v_2b.toml"))
+    shards = {source.name: source.shards for source in config.train_sources}
+    assert shards["videos_384p"] == shards["videos_768p"] and shards["images_384p"] == shards["images_768p"]
+    assert all(len(source.buckets) == 1 for source in config.sources)

@@ -53,13 +53,11 @@ def test_a_dry_run_shows_steps_slots_tokens_and_parameters(
 ) -> None:
     with caplog.at_level(logging.INFO):
         assert "nothing was written" in train(small_config(str(tmp_path / "run"), cache), True)
-    plan = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("plan"))
-    image, video = (line.split() for line in plan.splitlines()[2:4])
-    assert image[:3] == ["image", "0..2", "12"]
-    assert video[:3] == ["video", "2..9", "12"]
-    # the image stage freezes the double blocks
-    assert int(image[-1].replace(",", "")) < int(video[-1].replace(",", ""))
-    assert "parameters; weights, gradients, moments and average take" in plan
+    plan = plan_of(caplog)
+    assert plan.startswith(f"plan, from records of {cache}\n")
+    image, video = (rows_of(plan, name)[0] for name in ("image", "video"))
+    assert image[1:4] == ["0..2", "12 = 2 x 2 x 3", "1"] and video[1:4] == ["2..9", "12 = 2 x 2 x 3", "3"]
+    assert all(len(rows_of(plan, name)) == 2 for name in ("image", "video")), "work and memory"
     assert not (tmp_path / "run").exists()
 
 
@@ -77,9 +75,44 @@ def test_a_dry_run_says_how_evenly_sequences_are_cut(
     found = re.search(r"holds ([\d.]+) times .* at worst ([\d.]+); (\d+) of (\d+) have fewer frames", line)
     assert found, line
     mean, worst, short, total = (float(part) for part in found.groups())
-    # four steps of twelve single images, all on one of two ranks, and of four micro-batches of three clips or images
-    assert (short, total) == (48, 64)
+    # two steps of twelve single images, all on one of two ranks, and seven of four micro-batches of clips or images
+    assert (short, total) == (24, 52)
     assert worst == 2.0 and 1 < mean < 2
+
+
+def plan_of(caplog: pytest.LogCaptureFixture) -> str:
+    """The plan that was logged."""
+    return next(record.getMessage() for record in caplog.records if record.getMessage().startswith("plan"))
+
+
+def rows_of(plan: str, name: str) -> list[list[str]]:
+    """The cells of a stage's rows, in its tables' order."""
+    lines = [line for line in plan.splitlines() if line.startswith(f"| {name} ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_a_dry_run_without_a_cache_shows_a_plan_of_assumed_records_and_then_what_is_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(str(tmp_path / "run"), str(tmp_path / "cache"))
+    with caplog.at_level(logging.INFO), pytest.raises(DataError, match="run jobs.precompute_latents first"):
+        train(config, True)
+    plan = plan_of(caplog)
+    assert plan.startswith("plan, from assumed records")
+    # 12 images: a quarter each at 1 x 1 and 4 x 4 tokens, half at 2 x 2, and the longest texts
+    assert rows_of(plan, "image")[0][4] == "75 + 1,536"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_that_fits_no_memory_of_the_named_gpu_is_refused_before_any_worker_starts(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = small_values(str(tmp_path / "run"), cache)
+    values["launch"]["gpu"] = "a100_40gb"
+    monkeypatch.setattr("m4v_dist.config.gpus.USABLE_FRACTION", 1e-4)
+    for dry_run in (False, True):
+        with pytest.raises(ConfigError, match=r"curriculum 'image': a rank needs .* A100 40 GB has 0.0 GiB usable"):
+            train(parse_config(values, where="test"), dry_run)
 
 
 def test_a_dry_run_asks_whether_the_workers_fit(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +265,28 @@ def _nothing(cache: Path) -> None:
         (_nothing, ["trainer.global_batch_slots=24"], 3, "DataError: .*14 records.*global_batch_slots=24"),
         (_nothing, ["trainer.global_batch_slots=13"], 2, "ConfigError: .*global_batch_slots=13 is no multiple"),
         (_nothing, ["launch.num_workers=0"], 2, "ConfigError: .*launch.num_workers"),
+        (_nothing, ["precompute.num_frames=16"], 2, "ConfigError: .*num_frames=16 breaks the 8k.1 frame rule; use 17"),
+        (_nothing, ["curriculum.1.weights={klips=1.0}"], 2, r"ConfigError: .*weights name \['klips'\], but .*'clips'"),
+        (_nothing, ["trainer.global_batch_slots=2"], 2, "ConfigError: .*slots=2 is no .*sync_group=3; use 3"),
+        (
+            _nothing,
+            ["precompute.buckets.0.height_px=96", "curriculum.0.buckets.0.height_px=96"],
+            2,
+            "ConfigError: .*96x64 px does not divide into patches at all 3 pyramid stages.*multiples of 64",
+        ),
     ],
-    ids=["no cache", "empty cache", "another codec", "bucket too small", "impossible group", "impossible workers"],
+    ids=[
+        "no cache",
+        "empty cache",
+        "another codec",
+        "bucket too small",
+        "impossible group",
+        "impossible workers",
+        "frames not 8k+1",
+        "missing source",
+        "batch smaller than the group",
+        "bucket that the pyramid cannot divide",
+    ],
 )
 def test_bad_input_of_the_command_gives_its_code_last_line_and_result(
     cache: str,

@@ -191,6 +191,23 @@ def test_bad_segments_are_refused() -> None:
         _run(inputs, "reference", cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
 
 
+def test_the_chunked_form_keeps_the_states_of_no_chunk_for_backward() -> None:
+    """They are computed again; a view of a chunk's last state would keep them all the same."""
+    inputs = {name: value.requires_grad_() for name, value in _random_inputs(512).items()}
+    largest = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, _ = _run(inputs, "reference_chunked", chunk_size=256)
+    assert y.requires_grad
+    channels, states = inputs["A"].shape
+    assert largest < 8 * 256 * channels * states
+
+
 @pytest.mark.parametrize("backend", sorted(set(get_args(Backend)) - set(BUILT)))
 def test_a_backend_without_this_scan_says_so_and_names_the_way_out(backend: Backend) -> None:
     with pytest.raises(BackendUnavailable, match=f'kernels.backend="{backend}".*reference_chunked'):

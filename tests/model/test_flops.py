@@ -92,8 +92,12 @@ def _overhead(settings: ModelSettings, shapes: list[ColumnShape]) -> Counter[str
     return Counter({"with gradient": blocks * differentiable, "without": blocks * (all_of_it - differentiable)})
 
 
-def _counted(settings: ModelSettings, columns: list[Column], *, backward: bool = False) -> int:
+def _counted(
+    settings: ModelSettings, columns: list[Column], *, backward: bool = False, freeze: tuple[str, ...] = ()
+) -> int:
     model = build_model(settings, KernelSettings(), seed=0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] not in freeze)
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with torch.set_grad_enabled(backward), counter:
         outputs = model(ModelInput(tuple(columns)))
@@ -160,6 +164,15 @@ def test_recompute_adds_a_forward_of_the_blocks() -> None:
     forward = forward_flops(plain, shape)
     blocks = forward.total() - forward["embedders"] - forward["out"]
     assert training_flops(again, shape).total() - training_flops(plain, shape).total() == blocks
+
+
+def test_a_frozen_set_has_no_weight_gradients() -> None:
+    settings = _settings(num_double_blocks=2)
+    column, shape = _column(settings, 4, 2, 33)
+    whole, frozen = (_counted(settings, [column], backward=True, freeze=freeze) for freeze in ((), ("double_blocks",)))
+    assert frozen < whole
+    expected = training_flops(settings, shape).total() - training_flops(settings, shape, ("double_blocks",)).total()
+    assert whole - frozen == expected
 
 
 # ---- shapes

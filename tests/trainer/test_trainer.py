@@ -65,6 +65,29 @@ def test_curriculum_stages_change_freeze_set_rate_and_data_counts_at_their_bound
     assert losses[1] < losses[0]
 
 
+def _split_job(folder: str, num_steps: list[int]) -> tuple[list[torch.Tensor], int]:
+    """Average of a run whose stages differ in nothing but their names."""
+    trainer = _trainer(folder)
+    (_, stage) = trainer.config.curriculum
+    stage = stage.model_copy(update={"warmup_steps": 0})
+    stages = [stage.model_copy(update={"name": f"part{n}", "num_steps": count}) for n, count in enumerate(num_steps)]
+    trainer.config = trainer.config.model_copy(update={"curriculum": tuple(stages)})
+    trainer.run()
+    return trainer.ema.averages, trainer.ema.num_updates
+
+
+def test_a_boundary_between_equal_stages_changes_no_bit(tmp_path: Path) -> None:
+    """So weights, moments, step counters, average and data carry over; what the stage says begins anew by itself."""
+    whole, split = str(tmp_path / "whole"), str(tmp_path / "split")
+    (averages, count), _ = run_ranks(_split_job, 2, whole, [TOTAL])
+    (split_averages, split_count), _ = run_ranks(_split_job, 2, split, [3, 2, 5])
+    assert count == split_count == TOTAL
+    assert all(torch.equal(one, other) for one, other in zip(averages, split_averages, strict=True))
+    for name in ("train/loss", "train/grad_norm", "data/clips/samples_seen"):
+        assert [row[name] for row in rows(whole, "train")] == [row[name] for row in rows(split, "train")], name
+    assert [row["step"] for row in rows(split, "stage")] == [0, 3, 5]
+
+
 def _filled_jobs(folder: str) -> list[str]:
     """Which of three attempts at a run filled its model: one that dies in its first step, one that stops, the last."""
     filled: list[str] = []

@@ -1,0 +1,97 @@
+"""The plan of a training run, composed: slots by the data pipeline, shapes by the objective, memory by the trainer.
+
+`jobs.train` shows it on a dry run and refuses by it; the tables are `m4v_dist/bench/training_plan.py`'s.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from data_pipeline.assumed_cache import assumed_cache
+from data_pipeline.latent_cache import LatentCache
+from data_pipeline.mixture import spread_slots
+from data_pipeline.slot_plan import LoaderState, SlotPlanner
+from m4v_dist.batch import Slot
+from m4v_dist.bench.flops_tables import config_columns
+from m4v_dist.bench.training_plan import PlannedStage
+from m4v_dist.blocks.layout import ColumnShape
+from m4v_dist.config.model_settings import KernelSettings, ModelSettings
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.model.build import build_on_meta
+from m4v_dist.objective.history import choose_unit, num_segment_tokens
+from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stages
+from m4v_dist.trainer.model_states import ModelStates, model_states
+from m4v_dist.trainer.optimizer import is_frozen
+
+NUM_PLANNED_STEPS = 16
+"""Steps of each stage that a plan looks at."""
+
+
+def build_planner(config: RunConfig, cache: LatentCache) -> SlotPlanner:
+    """The planner of a run over an open cache, the same on every rank."""
+    return SlotPlanner(
+        cache,
+        sources=config.sources,
+        curriculum=config.curriculum,
+        seed=config.run.seed,
+        num_slots=config.trainer.global_batch_slots,
+        group_size=config.trainer.sync_group,
+        objective=config.objective,
+        choose_unit=choose_unit,
+        num_segment_tokens=num_segment_tokens,
+        patch_size=config.model.patch_size,
+    )
+
+
+def cache_to_come(config: RunConfig) -> LatentCache:
+    """In place of a cache that is not there yet: records of full length and texts at their longest."""
+    return assumed_cache(
+        config.precompute.cache,
+        config.sources,
+        config.precompute.buckets,
+        num_frames=config.precompute.num_frames,
+        num_text_tokens=config.text_encoder.max_tokens,
+        num_records=config.trainer.global_batch_slots,
+    )
+
+
+def planned_stages(config: RunConfig, cache: LatentCache) -> list[PlannedStage]:
+    """Plan the first steps of every curriculum stage.
+
+    Raises:
+        DataError: a source has too few records in a stage's buckets for one step.
+        ConfigError: a bucket that the pyramid cannot divide.
+    """
+    planner, ranks = build_planner(config, cache), config.launch.num_data_ranks
+    return [
+        PlannedStage(stage.settings, stage.start, _planned_steps(config, planner, stage), spread_slots, ranks)
+        for stage in curriculum_stages(config.curriculum)
+    ]
+
+
+def _planned_steps(config: RunConfig, planner: SlotPlanner, stage: CurriculumStage) -> list[list[ColumnShape]]:
+    plan, state, steps = planner.stage(stage.index), LoaderState(next_step=stage.start), []
+    for _ in range(min(NUM_PLANNED_STEPS, stage.settings.num_steps)):
+        slots, state = planner.plan(plan, state)
+        steps.append([_column(config, planner.cache, slot) for slot in slots])
+    return steps
+
+
+def _column(config: RunConfig, cache: LatentCache, slot: Slot) -> ColumnShape:
+    """What the objective will make of a slot."""
+    row = cache.rows(slot.source)[slot.record]
+    columns = config_columns(config, row.height_px, row.width_px, num_text=row.num_text_tokens)
+    return columns(slot.unit, slot.pyramid_stage)
+
+
+def states_of(model: ModelSettings, freeze: Sequence[str], zero_stage: int, world_size: int) -> ModelStates:
+    """What a rank holds of a model beside activations."""
+    total, trained = _num_parameters(model, tuple(freeze))
+    return model_states(total, trained, zero_stage=zero_stage, world_size=world_size)
+
+
+@lru_cache(maxsize=64)
+def _num_parameters(model: ModelSettings, freeze: tuple[str, ...]) -> tuple[int, int]:
+    """Of all, and of what trains."""
+    # Which backend scans changes no parameter, and a plan may count with one that is not there.
+    sizes = {name: p.numel() for name, p in build_on_meta(model, KernelSettings()).named_parameters()}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if not is_frozen(name, freeze))
