@@ -24,12 +24,16 @@ class DataError(JobError):
 
 
 class StoreError(JobError, OSError):
-    """The object store could not be asked: no credentials, no permission, no server.
+    """A store could not be used: no credentials, no permission, no server, no room.
 
     Ends a job that meets it before its workers start; a worker that meets it later is restarted, as after any OSError.
     """
 
     exit_code = 3
+
+
+class NoSpaceError(StoreError):
+    """A disk or a quota is full; what stood at that path stands."""
 
 
 class OutOfMemoryJobError(JobError):
