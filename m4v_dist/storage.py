@@ -263,9 +263,14 @@ def parse_json_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
     return rows, num_torn
 
 
+def json_bytes(value: Any) -> bytes:
+    """JSON with sorted keys, as our files hold it."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
 def write_json(path: str, value: Any) -> None:
     """Write JSON with sorted keys, atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    write_bytes(path, json_bytes(value))
 
 
 _TENSOR_DTYPES = {

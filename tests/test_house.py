@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objective": {"batch", "config", "errors"},
     "sampling": {"objective", "batch", "config", "errors"},
     "report": {"config", "storage", "errors"},
-    "trainer": {"parallel", "batch", "config", "storage", "errors"},
+    "trainer": {"parallel", "batch", "config", "storage", "retries", "errors"},
     "launch": {"config", "storage", "errors"},
     "bench": {"model", "blocks", "objective", "sampling", "config", "storage", "errors"},
     "data_pipeline": {"frozen", "batch", "config", "storage", "errors"},

@@ -24,6 +24,7 @@ class Sums:
         tokens: of all packed segments.
         bad_records: damaged records that the ranks met, summed.
         wants_stop: whether any rank (rank 0 is the one that asks) was told to stop.
+        has_failed_save: whether any rank's part of a save went wrong.
     """
 
     loss: float
@@ -31,6 +32,7 @@ class Sums:
     tokens: int
     bad_records: int
     wants_stop: bool
+    has_failed_save: bool
 
 
 def train_row(sums: Sums, *, norm: float | None, step_s: float, data_s: float, world_size: int) -> dict[str, float]:
@@ -75,20 +77,23 @@ class Tally:
             self._metrics.setdefault(name, []).append(value.detach())
         self._tokens += sum(slot.num_tokens for slot in batch.slots)
 
-    def summed(self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False) -> Sums:
+    def summed(
+        self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False, has_failed_save: bool = False
+    ) -> Sums:
         """Sum over ranks (collective).
 
         Args:
             mesh: rank facts.
             bad_records: this rank's count.
             wants_stop: whether this rank was told to stop; it travels with the numbers that every step sums anyway.
+            has_failed_save: whether this rank's part of a save went wrong; the same.
         """
         losses = torch.stack([value.double() for value in self._losses]).sum().reshape(1).cpu()
         metrics = [torch.stack(values).double().sum(0).cpu() for values in self._metrics.values()]
-        counts = torch.tensor([bad_records, wants_stop, self._tokens]).double()
+        counts = torch.tensor([bad_records, wants_stop, has_failed_save, self._tokens]).double()
         total = mesh.sum_over_ranks(torch.cat([losses, *metrics, counts])).tolist()
         pairs = total[1 : 1 + 2 * len(metrics)]
-        bad, stop, tokens = (int(value) for value in total[1 + 2 * len(metrics) :])
+        bad, stop, failed_saves, tokens = (int(value) for value in total[1 + 2 * len(metrics) :])
         return Sums(
             loss=total[0],
             means={
@@ -97,4 +102,5 @@ class Tally:
             tokens=tokens,
             bad_records=bad,
             wants_stop=stop > 0,
+            has_failed_save=failed_saves > 0,
         )
