@@ -1,6 +1,7 @@
 """A local S3 server for tests, that can be made to fail for a while."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,15 +14,23 @@ Application = Callable[[dict[str, Any], Callable[..., Any]], Any]
 
 
 class Outage:
-    """Answers 503 while `is_down`; counts what it refused."""
+    """Answers 503 while `is_down`, or for some seconds from the first request whose path has a word in it."""
 
     def __init__(self, application: Application) -> None:
         self._application = application
         self.is_down = False
         self.num_refused = 0
+        self._trigger: tuple[str, float] | None = None
+        self._until = 0.0
+
+    def begin_at(self, word: str, seconds: float) -> None:
+        """Fail from the next request on whose path holds `word`."""
+        self._trigger = (word, seconds)
 
     def __call__(self, environment: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        if not self.is_down:
+        if self._trigger is not None and self._trigger[0] in environment["PATH_INFO"]:
+            self._until, self._trigger = time.monotonic() + self._trigger[1], None
+        if not self.is_down and time.monotonic() > self._until:
             return self._application(environment, start_response)
         self.num_refused += 1
         start_response("503 Service Unavailable", [("Content-Type", "text/plain")])

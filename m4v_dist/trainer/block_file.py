@@ -130,7 +130,9 @@ def _read_blocks(path: str, sums: FileSums, first: int, num_blocks: int) -> byte
         try:
             data = storage.read_bytes(path, start, length)
         except (FileNotFoundError, EOFError) as error:
-            raise DamagedCheckpointError(f"{path}: {error}") from error
+            raise DamagedCheckpointError(
+                f"{path}: {error}; the checkpoint is damaged: training goes on from the one before it."
+            ) from error
         found = sums_of([data], sums.block_bytes).crc32
         wrong = [first + at for at, crc in enumerate(found) if crc != sums.crc32[first + at]]
         if not wrong:
@@ -139,5 +141,5 @@ def _read_blocks(path: str, sums: FileSums, first: int, num_blocks: int) -> byte
             logger.warning("%s: blocks %s have another checksum; reading them again.", path, wrong[:8])
     raise DamagedCheckpointError(
         f"{path}: {len(wrong)} blocks of {sums.block_bytes} bytes have another checksum than was committed, the first "
-        f"at byte {wrong[0] * sums.block_bytes}."
+        f"at byte {wrong[0] * sums.block_bytes}; the checkpoint is damaged: training goes on from the one before it."
     )

@@ -82,7 +82,8 @@ class Marker:
             DamagedCheckpointError: it is missing, or not what was written.
         """
         if name not in self.files:
-            raise DamagedCheckpointError(f"{self.path(name)}: no such file in the commit; {_way_out(self.folder)}")
+            path = self.folder.rpartition("/")[0]
+            raise DamagedCheckpointError(f"{self.path(name)}: no such file in the commit; {_way_out(path)}")
         value: dict[str, Any] = json.loads(read_file(self.path(name), self.files[name]))
         return value
 

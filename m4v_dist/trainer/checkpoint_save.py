@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 LONGEST_POLL_S = 1.0
 
 
+class AbandonedError(OSError):
+    """Rank 0 gave a save up because another rank failed: a consequence, and no cause."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A rank's ranges at one moment, in host memory.
@@ -172,7 +176,8 @@ def commit(
         timeout_s: for the other ranks' files.
 
     Raises:
-        TimeoutError: they did not come, or will not.
+        TimeoutError: they did not come.
+        AbandonedError: they will not.
         ValueError: the ranks' ranges do not cover each tensor exactly once.
     """
     shares, files = _wait_for_shares(save, is_abandoned, timeout_s)
@@ -220,7 +225,7 @@ def _wait_for_shares(
             return [(found[rank], rank) for rank in range(save.world_size)], files
         missing = sorted(set(range(save.world_size)) - set(found))
         if is_abandoned():
-            raise TimeoutError(f"{save.path}: given up, since another rank failed to write its file.")
+            raise AbandonedError(f"{save.path}: given up, since another rank failed to write its file.")
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"{save.path}: ranks {missing[:8]} ({len(missing)} of {save.world_size}) did not write their files in "

@@ -19,6 +19,7 @@ from m4v_dist.errors import JobError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.checkpoint_save import (
+    AbandonedError,
     Committed,
     Save,
     SnapshotBuffer,
@@ -142,7 +143,9 @@ class CheckpointSaver:
         self._thread.join()
         self._save = self._thread = None
         error, self._error = self._error, None
-        mine = None if error is None else (_portable(error), isinstance(error, OSError))
+        # That rank 0 gave up is no cause: the rank that made it give up tells its own.
+        is_no_cause = error is None or isinstance(error, AbandonedError)
+        mine = None if is_no_cause else (_portable(error), isinstance(error, OSError))
         found = [(rank, *told) for rank, told in enumerate(self._mesh.gather(mine)) if told is not None]
         for rank, told, may_pass in found:
             if not may_pass:
@@ -203,6 +206,6 @@ class CheckpointSaver:
             logger.error("%s: what the failed save left could not be removed: %s", save.path, error)
 
 
-def _portable(error: BaseException) -> JobError | str:
+def _portable(error: BaseException | None) -> JobError | str:
     """An error as it can be sent to the other ranks."""
     return error if isinstance(error, JobError) else f"{type(error).__name__}: {error}"

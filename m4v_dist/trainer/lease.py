@@ -111,7 +111,7 @@ class Lease:
 def newest_lease(folder: str) -> Lease | None:
     """The lease that counts, or None; `folder` is the checkpoint folder."""
     while True:
-        numbers = [int(found[1]) for name in storage.list_folder(_leases(folder)) if (found := _FILE.match(name))]
+        numbers = _numbers(folder)
         if not numbers:
             return None
         try:
@@ -181,9 +181,9 @@ def claim(folder: str, holder: Holder, *, above: int, timeout_s: float) -> Lease
         )
     if not is_created:
         logger.info("%s: claimed, and told so only on asking again.", path)
-    for older in storage.list_folder(_leases(folder)):
-        if older != os.path.basename(path):
-            storage.remove(storage.join(_leases(folder), older))
+    for older in _numbers(folder):
+        if older < number:
+            storage.remove(_path(folder, older))
     return lease
 
 
@@ -245,6 +245,10 @@ class LeaseKeeper:
 
 def _leases(folder: str) -> str:
     return storage.join(folder, "leases")
+
+
+def _numbers(folder: str) -> list[int]:
+    return [int(found[1]) for name in storage.list_folder(_leases(folder)) if (found := _FILE.match(name))]
 
 
 def _path(folder: str, number: int) -> str:

@@ -15,7 +15,15 @@ from m4v_dist import storage
 from m4v_dist.errors import DamagedCheckpointError, DataError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
-from m4v_dist.trainer.checkpoint_save import Save, SnapshotBuffer, commit, merge_index, save, write_share
+from m4v_dist.trainer.checkpoint_save import (
+    AbandonedError,
+    Save,
+    SnapshotBuffer,
+    commit,
+    merge_index,
+    save,
+    write_share,
+)
 from m4v_dist.trainer.ranges import Ranges, to_ranges
 from tests.trainer.ranks import run_ranks
 from tests.trainer.toy import toy_config
@@ -260,7 +268,7 @@ def test_what_a_failed_save_left_is_not_taken_for_the_next_one_s(tmp_path: Path)
     write_share(mine)
     with pytest.raises(TimeoutError, match=r"ranks \[1\] \(1 of 2\) did not write .*trainer.save_timeout_s"):
         commit(mine, timeout_s=0)
-    with pytest.raises(TimeoutError, match="another rank failed"):
+    with pytest.raises(AbandonedError, match="another rank failed"):
         commit(mine, is_abandoned=lambda: True)
     assert not checkpoint.is_committed(path)
     write_share(Save(path, 5, 1, 2, 1, 2, nothing))
