@@ -8,6 +8,7 @@ appears when its upload is complete. What a store refuses for a moment is asked 
 
 import errno
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -24,6 +25,8 @@ from torch import Tensor
 from m4v_dist.errors import NoSpaceError
 from m4v_dist.object_store import ask, remote
 from m4v_dist.object_store import s3 as _s3  # noqa: F401  the tests ask it for a bucket of their own
+
+logger = logging.getLogger(__name__)
 
 
 def is_remote(path: str) -> bool:
@@ -174,6 +177,19 @@ def _upload(filesystem: Any, path: str, chunks: Iterable[bytes | memoryview]) ->
         raise
 
 
+def _create_exclusively(path: str, data: bytes) -> bool:
+    """For mounts without hard links: a reader may meet a file that is not whole yet."""
+    try:
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(file, "wb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
+    return True
+
+
 def create_bytes(path: str, data: bytes) -> bool:
     """Write a whole small file only if there is none yet; False if there is one. One of several callers wins.
 
@@ -197,6 +213,11 @@ def create_bytes(path: str, data: bytes) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        logger.info("%s: no hard links there (%s); created by O_EXCL instead.", path, error.strerror)
+        return _create_exclusively(path, data)
     finally:
         remove(temporary)
     return True

@@ -1,7 +1,9 @@
 """Paths behind one door: whole writes, reads that notice a cut, a store that cannot be asked."""
 
+import errno
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 from m4v_dist import object_store, storage
 from m4v_dist.errors import NoSpaceError, StoreError
-from m4v_dist.retries import count_retries
+from m4v_dist.retries import RetryCount, count_retries
 from tests.object_store_server import Outage
 from tests.object_store_server import object_store as local_object_store
 
@@ -119,17 +121,33 @@ def test_one_of_two_creators_wins_and_its_file_stays(store: tuple[str, Outage], 
     assert storage.list_sizes(f"{store[0]}/none") == storage.list_sizes(f"{tmp_path}/none") == {}
 
 
+def test_a_mount_without_hard_links_has_one_creator_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", no_links)
+    assert storage.create_bytes(f"{tmp_path}/1.json", b"first")
+    assert not storage.create_bytes(f"{tmp_path}/1.json", b"second")
+    assert storage.read_bytes(f"{tmp_path}/1.json") == b"first" and storage.list_folder(str(tmp_path)) == ["1.json"]
+
+
 def test_a_store_that_is_down_for_a_while_is_asked_until_it_answers(
     store: tuple[str, Outage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket, outage = store
     storage.write_bytes(f"{bucket}/a", b"before")
     outage.is_down = True
-    threading.Timer(2.0, lambda: setattr(outage, "is_down", False)).start()
+
+    def mend(count: RetryCount) -> None:
+        while not count.num_retries:
+            time.sleep(0.01)
+        outage.is_down = False
+
     with count_retries() as count:
+        threading.Thread(target=mend, args=(count,)).start()
         storage.write_chunks(f"{bucket}/b", lambda: [b"0123", memoryview(b"456")], 7)
     assert storage.read_bytes(f"{bucket}/b", 2, 3) == b"234" and storage.read_bytes(f"{bucket}/a") == b"before"
-    assert count.num_retries > 0 and outage.num_refused > 0
+    assert outage.num_refused > 0
     outage.is_down = True
     monkeypatch.setattr(object_store, "RETRY_LIMIT_S", 0.1)
     with pytest.raises(OSError):

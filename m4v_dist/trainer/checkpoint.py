@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,8 +124,13 @@ def _way_out(path: str) -> str:
     return f"the checkpoint is damaged: training goes on from the one before it; to do so by hand, remove {path}."
 
 
-def load(path: str, tensors: Mapping[str, Ranges]) -> None:
+def load(path: str, tensors: Mapping[str, Ranges], *, may_miss: Collection[str] = ()) -> None:
     """Fill `tensors` in place from a committed checkpoint; each rank for itself, what it needs and no more.
+
+    Args:
+        path: of the checkpoint.
+        tensors: keyed `<kind>/<parameter>`.
+        may_miss: kinds of which what is not stored stays as it is.
 
     Raises:
         DataError: a tensor is missing or has another size.
@@ -136,6 +141,8 @@ def load(path: str, tensors: Mapping[str, Ranges]) -> None:
     wanted: dict[str, list[Span]] = {}
     for key, ranges in tensors.items():
         entry = index.get(key)
+        if entry is None and key.split("/", 1)[0] in may_miss:
+            continue
         if entry is None or entry["num_elements"] != ranges.num_elements:
             size = "nothing" if entry is None else f"{entry['num_elements']}"
             raise DataError(
@@ -186,12 +193,6 @@ def read_random_state(path: str, rank: int) -> dict[str, Any] | None:
         return None
     state: dict[str, Any] = marker.read_json(name)["random"]
     return state
-
-
-def stored_names(path: str, kind: str) -> list[str]:
-    """Names of the parameters that a checkpoint holds a `kind` of: weights, ema, exp_avg, exp_avg_sq."""
-    keys = read_marker(path).read_json("index.json")["tensors"]
-    return sorted(key.removeprefix(f"{kind}/") for key in keys if key.startswith(f"{kind}/"))
 
 
 def load_weights(path: str) -> dict[str, Tensor]:

@@ -33,8 +33,7 @@ from m4v_dist.trainer.guards import Clock, SkippedSteps
 from m4v_dist.trainer.lease import Holder, LeaseKeeper
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
-from m4v_dist.trainer.random_state import restore_random_state
-from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
+from m4v_dist.trainer.run_state import checkpoint_tensors, counts_to_json, load_run
 from m4v_dist.trainer.saving import Saving
 from m4v_dist.trainer.seams import Loader, Objective, StepBatch
 from m4v_dist.trainer.tally import Tally, train_row
@@ -193,7 +192,7 @@ class Trainer:
         )
         self.ema = Ema(self.engine.slices(), config.trainer.ema_decay)
         if self.saving.saved is not None:
-            self._load(self.saving.saved)
+            load_run(self.saving.saved, self.engine, self.ema, self.loader, self.skipped)
         self.loader.enter(curriculum_stage.index, self.step)
         stage = {"curriculum_stage": settings.name, "start": curriculum_stage.start, "stop": curriculum_stage.stop}
         self._write("stage", self.step, {**stage, "freeze": list(settings.freeze)})
@@ -295,49 +294,12 @@ class Trainer:
 
     def _save(self, curriculum_stage: CurriculumStage, *, must_stand: bool) -> None:
         self._lap_other()
-        position = {
-            "index": curriculum_stage.index,
-            "name": curriculum_stage.settings.name,
-            "start": curriculum_stage.start,
-        }
         self.saving.save(
             self.step,
             lambda: checkpoint_tensors(self.engine, self.ema, to_load=False),
-            lambda: {
-                "curriculum_stage": position,
-                "loader": self.loader.state_dict(),
-                "optimizer_steps": self.engine.optimizer_steps(),
-                "ema_updates": self.ema.num_updates,
-                "skipped_steps": self.skipped.total,
-                "shapes": self.engine.shapes,
-            },
+            lambda: counts_to_json(curriculum_stage, self.engine, self.ema, self.loader, self.skipped),
             must_stand=must_stand,
         )
-
-    def _load(self, path: str) -> None:
-        """Load a checkpoint (collective).
-
-        Raises:
-            DamagedCheckpointError: some rank found it damaged; the same on all.
-        """
-        damage: str | None = None
-        try:
-            state = checkpoint.read_state(path)
-            random = checkpoint.read_random_state(path, self.mesh.rank)
-            load_tensors(path, self.engine, self.ema)
-        except DamagedCheckpointError as error:
-            damage = str(error)
-        found = [told for told in self.mesh.gather(damage) if told is not None]
-        if found:
-            raise DamagedCheckpointError(found[0])
-        self.engine.publish()
-        self.engine.set_optimizer_steps(state["optimizer_steps"])
-        self.ema.num_updates = state["ema_updates"]
-        self.loader.load_state_dict(state["loader"])
-        self.skipped.total = state["skipped_steps"]
-        # Last, after all that could have drawn from it.
-        if random is not None:
-            restore_random_state(random)
 
     def _end_attempt(self, *, is_ended_as_asked: bool) -> None:
         """Close what is open; the ledger of an attempt that breaks off stays as of its last commit."""
