@@ -78,8 +78,6 @@ def train(config: RunConfig, dry_run: bool) -> str:
         return f"nothing to do: {config.run.folder} is trained to its last step {step}"
     holder, timeout_s = Holder.of_this_process(), config.trainer.lease_timeout_s
     cli.check_writable(config.checkpoint_folder, "trainer.checkpoint_folder")
-    # Rank 0 claims; here only so that a driver too many does not start its workers first.
-    require_free(config.checkpoint_folder, holder, timeout_s)
     notes = storage.join(config.run.folder, "attempts", "ray")
     # Left before the last line is printed: the workers' log comes first, the job's answer last.
     with (
@@ -98,6 +96,18 @@ def train(config: RunConfig, dry_run: bool) -> str:
     loss = result["held_out_loss"]
     held_out = "" if loss is None else f", held-out loss {loss:.4f}"
     return f"{result['step']} steps done{held_out}; {result['checkpoint']}"
+
+
+def require_free_run(config: RunConfig) -> None:
+    """Refuse a run that another driver trains, before anything of its folder is touched; the verb's `preflight`.
+
+    Rank 0 claims the lease later on; here only so that a driver too many starts no workers and writes no `result.json`.
+
+    Raises:
+        RunInUseError: with who holds it.
+    """
+    config = with_absolute_paths(config)
+    require_free(config.checkpoint_folder, Holder.of_this_process(), config.trainer.lease_timeout_s)
 
 
 def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Any]:
@@ -277,4 +287,5 @@ def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main("train", train, "Train the curriculum of a run on Ray workers."))
+    description = "Train the curriculum of a run on Ray workers."
+    sys.exit(cli.main("train", train, description, preflight=require_free_run))

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from jobs import cli
-from jobs.train import check_run_folder, train
+from jobs.train import check_run_folder, require_free_run, train
 from m4v_dist import storage
 from m4v_dist.config.load import parse_config
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import ConfigError, DataError, RunInUseError
+from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.trainer import checkpoint, lease
 from tests.integration.small_run import make_small_cache, small_config, small_values, to_toml
 from tests.trainer.made_checkpoint import made_checkpoint
@@ -153,11 +153,18 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_exit_3_and_never_begins_anew
         train(config, False)
 
 
-def test_a_run_that_another_driver_trains_is_refused_before_any_worker_starts(cache: str, tmp_path: Path) -> None:
+def test_a_run_that_another_driver_trains_is_exit_2_and_its_result_is_left_alone(
+    cache: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = small_config(str(tmp_path / "run"), cache)
     lease.claim(config.checkpoint_folder, lease.Holder("other", "gpu-7", "", 4321), above=0, timeout_s=60.0)
-    with pytest.raises(RunInUseError, match=r"in use by attempt 1 of process 4321 on gpu-7, since .*timeout_s=60"):
-        train(config, False)
+    storage.write_json(f"{tmp_path}/run/result.json", {"of": "the other"})
+    (tmp_path / "run.toml").write_text(to_toml(config.model_dump(mode="json", exclude_none=True)))
+    arguments = ["--config", str(tmp_path / "run.toml")]
+    assert cli.main("train", train, "x", arguments, preflight=require_free_run) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(r"RunInUseError: .*in use by attempt 1 of process 4321 on gpu-7, since .*lease_timeout_s=60", last)
+    assert storage.read_json(f"{tmp_path}/run/result.json") == {"of": "the other"}
 
 
 def _no_cache(cache: Path) -> None:
