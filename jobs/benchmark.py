@@ -111,7 +111,7 @@ def _train_row(config: RunConfig, row: str) -> AblationRun:
     shutil.rmtree(config.run.folder, ignore_errors=True)
     train_on_rank({"config": config_to_json(config)}, lambda: False)
     # The curves are the product; the weights of a few steps are not.
-    shutil.rmtree(storage.join(config.run.folder, "checkpoints"))
+    storage.remove(config.checkpoint_folder)
     metrics, _ = read_rows(config.run.folder)
     num_parameters = sum(p.numel() for p in build_on_meta(config.model, config.kernels).parameters())
     return run_of_rows(config, row, num_parameters, metrics)

@@ -135,6 +135,7 @@ def check_kept(config: RunConfig, working_folder: str) -> None:
         "run.folder": config.run.folder,
         "precompute.cache": config.precompute.cache,
         "warm_start.weights": config.warm_start.weights,
+        "trainer.checkpoint_folder": config.trainer.checkpoint_folder,
     }
     for setting, path in paths.items():
         if path is not None and not storage.is_remote(path) and not os.path.isabs(path):

@@ -71,7 +71,7 @@ def choose_checkpoint(config: RunConfig) -> str:
     Raises:
         DataError: there is none, or the named one was never finished; the message lists what is there.
     """
-    folder = storage.join(config.run.folder, "checkpoints")
+    folder = config.checkpoint_folder
     if config.sampling.checkpoint is not None:
         named = config.sampling.checkpoint
         # A name in this run's folder, or a path of any run's.

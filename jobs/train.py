@@ -34,6 +34,7 @@ from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.curriculum import curriculum_stages
+from m4v_dist.trainer.lease import Holder, LeaseKeeper, require_free
 from m4v_dist.trainer.resume import require_same_run
 from m4v_dist.trainer.trainer import Trainer
 from m4v_dist.weights_file import fill_weights
@@ -47,11 +48,13 @@ def train(config: RunConfig, dry_run: bool) -> str:
     Raises:
         ConfigError: the run folder cannot be used, or belongs to a run with other settings; or a stage does not fit
             the memory of `launch.gpu`.
+        RunInUseError: another driver trains this run.
         DataError: the cache is missing, of another codec, or too small for a stage; or a checkpoint or the start
             weights are damaged.
         RetriesExhaustedError: workers failed too often.
         OutOfMemoryJobError: a worker ran out of memory.
         NonFiniteError: training diverged.
+        SaveFailedError: checkpoints cannot be written.
         PreemptedError: asked to stop, and saved.
     """
     config = with_absolute_paths(config)
@@ -63,12 +66,18 @@ def train(config: RunConfig, dry_run: bool) -> str:
         require_memory(config, plan.planned_stages(config, cache), plan.states_of)
     if step == config.total_steps:
         return f"nothing to do: {config.run.folder} is trained to its last step {step}"
+    holder, timeout_s = Holder.of_this_process(), config.trainer.lease_timeout_s
+    cli.check_writable(config.checkpoint_folder, "trainer.checkpoint_folder")
     notes = storage.join(config.run.folder, "attempts", "ray")
     # Left before the last line is printed: the workers' log comes first, the job's answer last.
-    with ray_session(config.launch), TrainingProgress(config.run.folder, config.total_steps, step):
+    with (
+        ray_session(config.launch),
+        TrainingProgress(config.run.folder, config.total_steps, step),
+        LeaseKeeper(config.checkpoint_folder, holder, timeout_s),
+    ):
         result = run_workers(
             train_on_rank,
-            {"config": config_to_json(config)},
+            {"config": config_to_json(config), "holder": holder},
             config.launch,
             config.run.name,
             notes,
@@ -106,8 +115,25 @@ def preflight(config: RunConfig, step: int) -> str:
     return "dry run: the plan above can be done; nothing was written"
 
 
+def require_free_run(config: RunConfig) -> None:
+    """Refuse a run that another driver trains, before anything of its folder is touched; the verb's `preflight`.
+
+    Rank 0 claims the lease later on; here only so that a driver too many starts no workers and writes no `result.json`.
+
+    Raises:
+        RunInUseError: with who holds it.
+    """
+    config = with_absolute_paths(config)
+    require_free(config.checkpoint_folder, Holder.of_this_process(), config.trainer.lease_timeout_s)
+
+
 def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Any]:
-    """What one worker does: build cache, loader, model, objective and trainer, and run."""
+    """What one worker does: build cache, loader, model, objective and trainer, and run.
+
+    Args:
+        task: `config`, JSON; `holder`, the driver that keeps the run's lease, may be left out.
+        should_stop: see `Trainer`.
+    """
     config = config_from_json(task["config"])
     torch.set_num_threads(config.trainer.num_threads)
     mesh = Mesh.of_process_group(use_gpu=config.launch.use_gpu, sequence_size=config.launch.sequence_parallel)
@@ -127,13 +153,14 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
         objective=PyramidFlowMatching(config.objective, normalization.normalize, mesh.device),
         loader=build_loader(config, cache, mesh.data_rank, mesh.data_size),
         should_stop=should_stop,
+        holder=task.get("holder"),
     )
     return asdict(trainer.run())
 
 
 def newest_checkpoint(task: dict[str, Any]) -> str | None:
     """What a restart would go on from: it has brought nothing new if the one before it went on from the same."""
-    return checkpoint.newest_committed(storage.join(config_from_json(task["config"]).run.folder, "checkpoints"))
+    return checkpoint.newest_committed(config_from_json(task["config"]).checkpoint_folder)
 
 
 def build_loader(config: RunConfig, cache: LatentCache, rank: int, world_size: int) -> LatentLoader:
@@ -156,10 +183,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     run = config.run.model_copy(update={"folder": absolute(config.run.folder)})
     precompute = config.precompute.model_copy(update={"cache": absolute(config.precompute.cache)})
-    warm_start = config.warm_start
+    warm_start, trainer = config.warm_start, config.trainer
     if warm_start.weights is not None:
         warm_start = warm_start.model_copy(update={"weights": absolute(warm_start.weights)})
-    return config.model_copy(update={"run": run, "precompute": precompute, "warm_start": warm_start})
+    if trainer.checkpoint_folder is not None:
+        trainer = trainer.model_copy(update={"checkpoint_folder": absolute(trainer.checkpoint_folder)})
+    return config.model_copy(
+        update={"run": run, "precompute": precompute, "warm_start": warm_start, "trainer": trainer}
+    )
 
 
 def check_run_folder(config: RunConfig) -> int:
@@ -167,17 +198,17 @@ def check_run_folder(config: RunConfig) -> int:
 
     Raises:
         ConfigError: a remote folder, or another run's.
-        DataError: its newest checkpoint is damaged.
+        DataError: all its checkpoints are damaged; with a sound one, training goes on from that.
     """
     folder = config.run.folder
     if storage.is_remote(folder):
         raise ConfigError(
-            f"run.folder={folder}: training writes to local or mounted folders so far; the cache may be on s3://."
+            f"run.folder={folder}: metrics are appended to, which object stores cannot do; give a local or mounted "
+            "folder. Checkpoints (trainer.checkpoint_folder) and cache may be on s3://."
         )
-    newest = checkpoint.newest_committed(storage.join(folder, "checkpoints"))
+    newest = checkpoint.newest_sound(config.checkpoint_folder)
     if newest is None:
         return 0
-    checkpoint.check(newest)
     stage = checkpoint.read_state(newest)["curriculum_stage"]
     before = checkpoint.read_config(newest)
     require_same_run(before, config.model_dump(mode="json"), stage_index=stage["index"], where=newest)
@@ -249,4 +280,5 @@ def _require_short_texts(config: RunConfig, cache: LatentCache) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main("train", train, "Train the curriculum of a run on Ray workers."))
+    description = "Train the curriculum of a run on Ray workers."
+    sys.exit(cli.main("train", train, description, preflight=require_free_run))

@@ -23,13 +23,25 @@ class DataError(JobError):
     exit_code = 3
 
 
+class DamagedCheckpointError(DataError):
+    """A committed checkpoint is not what was written: a file is gone, cut short, or has another checksum."""
+
+
+class RunInUseError(ConfigError):
+    """Another driver holds the run, or took it over: two of them must not write the same checkpoints."""
+
+
 class StoreError(JobError, OSError):
-    """The object store could not be asked: no credentials, no permission, no server.
+    """A store could not be used: no credentials, no permission, no server, no room.
 
     Ends a job that meets it before its workers start; a worker that meets it later is restarted, as after any OSError.
     """
 
     exit_code = 3
+
+
+class NoSpaceError(StoreError):
+    """A disk or a quota is full; what stood at that path stands."""
 
 
 class OutOfMemoryJobError(JobError):
@@ -57,3 +69,12 @@ class NonFiniteError(JobError):
     """
 
     exit_code = 7
+
+
+class SaveFailedError(JobError):
+    """Checkpoints could not be written, `trainer.max_failed_saves` times in a row; the last committed one stands.
+
+    A code of its own: it is neither the config nor the data, and a restart would do work that cannot be kept.
+    """
+
+    exit_code = 8

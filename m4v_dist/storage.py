@@ -1,16 +1,18 @@
 """Local and `s3://` paths behind one door: open, list, exists, atomic put, remove, and safetensors bytes.
 
-The only file that imports s3fs, botocore and safetensors. Paths are strings; `s3://bucket/key` is remote, all else is
-local.
+The only file that imports safetensors; `object_store.py` below it is the door of s3fs. Paths are strings;
+`s3://bucket/key` is remote, all else is local.
 Writes become visible at once or not at all: a local file is written beside its final name and renamed, an S3 object
-appears when its upload is complete.
+appears when its upload is complete. What a store refuses for a moment is asked again (`object_store.ask`).
 """
 
+import errno
 import json
+import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -20,7 +22,11 @@ from safetensors.torch import load as _load_tensor_bytes
 from safetensors.torch import save as _save_tensor_bytes
 from torch import Tensor
 
-from m4v_dist.errors import StoreError
+from m4v_dist.errors import NoSpaceError
+from m4v_dist.object_store import ask, remote
+from m4v_dist.object_store import s3 as _s3  # noqa: F401  the tests ask it for a bucket of their own
+
+logger = logging.getLogger(__name__)
 
 
 def is_remote(path: str) -> bool:
@@ -33,63 +39,48 @@ def join(base: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def _s3() -> Any:
-    import s3fs
-
-    # Explicit timeouts and retries: the defaults let a stalled server hold a job for minutes.
-    config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 8, "mode": "adaptive"}}
-    return s3fs.S3FileSystem(config_kwargs=config, use_listings_cache=False)
-
-
-@contextmanager
-def _remote(path: str) -> Iterator[Any]:
-    """The object store's file system; what it answers is an OSError, as on a local disk.
-
-    s3fs turns answers into OSErrors, but not what stops a request before it is sent: no credentials, no region, no
-    server.
-
-    Raises:
-        StoreError: it cannot be asked, or refuses these credentials.
-    """
-    from botocore.exceptions import BotoCoreError
-
-    try:
-        yield _s3()
-    except (BotoCoreError, PermissionError) as error:
-        raise StoreError(
-            f"{path}: {type(error).__name__}: {error}. The store takes credentials and endpoint from the environment "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; AWS_ENDPOINT_URL where it is not AWS) or "
-            "from the machine's role; every node needs them."
-        ) from error
-
-
 def exists(path: str) -> bool:
     """Whether a file or folder stands at `path`."""
     if is_remote(path):
-        with _remote(path) as filesystem:
-            return bool(filesystem.exists(path))
+        return ask(path, lambda filesystem: bool(filesystem.exists(path)))
     return os.path.exists(path)
 
 
 def size_bytes(path: str) -> int:
     """Size of the file at `path`, in bytes."""
     if is_remote(path):
-        with _remote(path) as filesystem:
-            return int(filesystem.size(path))
+        return ask(path, lambda filesystem: int(filesystem.size(path)))
     return os.path.getsize(path)
 
 
 def list_folder(path: str) -> list[str]:
     """Names (not paths) of what stands directly in a folder, sorted; empty if there is no such folder."""
     if is_remote(path):
-        with _remote(path) as filesystem:
-            # Not asked by exists(): of a bucket's own root, that says "no" for every error.
-            try:
-                entries = filesystem.ls(path, detail=False)
-            except FileNotFoundError:
-                return []
-            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in ask(path, _entries_of(path)))
     return sorted(os.listdir(path)) if os.path.isdir(path) else []
+
+
+def list_sizes(path: str) -> dict[str, int]:
+    """Sizes in bytes of the files that stand directly in a folder, by name: one listing, and no question a file."""
+    if is_remote(path):
+        found = ask(path, _entries_of(path))
+        return {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in found if e["type"] == "file"}
+    if not os.path.isdir(path):
+        return {}
+    with os.scandir(path) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def _entries_of(path: str) -> Callable[[Any], list[dict[str, Any]]]:
+    def entries(filesystem: Any) -> list[dict[str, Any]]:
+        # Not asked by exists(): of a bucket's own root, that says "no" for every error.
+        try:
+            found: list[dict[str, Any]] = filesystem.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+        return found
+
+    return entries
 
 
 def make_folder(path: str) -> None:
@@ -102,7 +93,7 @@ def make_folder(path: str) -> None:
 def open_read(path: str) -> Iterator[IO[bytes]]:
     """Open for reading bytes."""
     if is_remote(path):
-        with _remote(path) as filesystem, filesystem.open(path, "rb") as file:
+        with remote(path) as filesystem, filesystem.open(path, "rb") as file:
             yield file
     else:
         with open(path, "rb") as file:
@@ -117,8 +108,7 @@ def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
     """
     if is_remote(path):
         end = None if length is None else offset + length
-        with _remote(path) as filesystem:
-            data = bytes(filesystem.cat_file(path, start=offset, end=end))
+        data = ask(path, lambda filesystem: bytes(filesystem.cat_file(path, start=offset, end=end)))
     else:
         with open(path, "rb") as file:
             file.seek(offset)
@@ -129,25 +119,114 @@ def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write a whole file so that readers see all of it or nothing."""
+    """Write a whole file so that readers see all of it or nothing.
+
+    Raises:
+        NoSpaceError: the disk is full.
+    """
+    write_chunks(path, lambda: [data], len(data))
+
+
+def write_chunks(path: str, chunks: Callable[[], Iterable[bytes | memoryview]], size_bytes: int) -> None:
+    """The same for what is too large for one `bytes`; a remote file goes up in parts.
+
+    Args:
+        path: the file.
+        chunks: its bytes in order; called anew where a store is asked again.
+        size_bytes: of all of them, for messages.
+
+    Raises:
+        NoSpaceError: the disk is full.
+    """
     if is_remote(path):
-        with _remote(path) as filesystem:
-            filesystem.pipe_file(path, data)
+        ask(path, lambda filesystem: _upload(filesystem, path, chunks()))
         return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                for chunk in chunks():
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            remove(temporary)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+        raise NoSpaceError(
+            f"{path}: {error.strerror}: {size_bytes:,} bytes are needed, {free:,} are free on that disk; make room, "
+            "raise the quota, or give another folder."
+        ) from error
+
+
+def _upload(filesystem: Any, path: str, chunks: Iterable[bytes | memoryview]) -> None:
+    file = filesystem.open(path, "wb")
+    try:
+        for chunk in chunks:
+            file.write(chunk)
+        file.close()
+    except BaseException:
+        # Closed first: s3fs would upload what it has when the object is collected. Then the parts that went up are
+        # dropped: else they stay in the store, and nobody sees them but the bill.
+        file.closed = True
+        file.discard()
+        raise
+
+
+def _create_exclusively(path: str, data: bytes) -> bool:
+    """For mounts without hard links: a reader may meet a file that is not whole yet."""
+    try:
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(file, "wb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
+    return True
+
+
+def create_bytes(path: str, data: bytes) -> bool:
+    """Write a whole small file only if there is none yet; False if there is one. One of several callers wins.
+
+    A store that does not know conditional writes (If-None-Match) lets the last of them win: read it back to be sure.
+    So it is after a retry too: the file that is there may be the caller's own.
+    """
+    if is_remote(path):
+
+        def create(filesystem: Any) -> bool:
+            try:
+                filesystem.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+        return ask(path, create)
+    temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
+    write_bytes(temporary, data)
+    try:
+        # Whole from the start, unlike a file opened with O_EXCL; also over NFS.
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        logger.info("%s: no hard links there (%s); created by O_EXCL instead.", path, error.strerror)
+        return _create_exclusively(path, data)
+    finally:
+        remove(temporary)
+    return True
 
 
 def put_file(local_path: str, path: str) -> None:
     """Move a finished local file to its place, at once."""
     if is_remote(path):
-        with _remote(path) as filesystem:
-            filesystem.put_file(local_path, path)
+        ask(path, lambda filesystem: filesystem.put_file(local_path, path))
         os.remove(local_path)
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -159,9 +238,7 @@ def put_file(local_path: str, path: str) -> None:
 def remove(path: str) -> None:
     """Remove a file, or a folder with all in it; nothing happens if there is none."""
     if is_remote(path):
-        if exists(path):
-            with _remote(path) as filesystem:
-                filesystem.rm(path, recursive=True)
+        ask(path, lambda filesystem: filesystem.rm(path, recursive=True) if filesystem.exists(path) else None)
     elif os.path.isdir(path):
         shutil.rmtree(path)
     elif os.path.exists(path):
@@ -207,9 +284,14 @@ def parse_json_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
     return rows, num_torn
 
 
+def json_bytes(value: Any) -> bytes:
+    """JSON with sorted keys, as our files hold it."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
 def write_json(path: str, value: Any) -> None:
     """Write JSON with sorted keys, atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    write_bytes(path, json_bytes(value))
 
 
 _TENSOR_DTYPES = {
@@ -241,28 +323,37 @@ def stream_tensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensors: on the CPU; in the order of their names in the file.
         metadata: kept in the header.
     """
+    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(tensors.items())}
+    header = tensor_header(layout, metadata)
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield header
+        for _, tensor in sorted(tensors.items()):
+            yield tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+
+    write_chunks(path, chunks, len(header) + sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def tensor_header(
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What a safetensors file begins with; the tensors' bytes follow, in the layout's order, without gaps.
+
+    Args:
+        layout: shape and dtype of each tensor, by name.
+        metadata: kept in the header.
+    """
     names = {dtype: name for name, dtype in _TENSOR_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
     end = 0
-    for name, tensor in sorted(tensors.items()):
-        start, end = end, end + tensor.nbytes
-        dtype = names[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, (shape, dtype) in layout.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        name_of_dtype = names[str(dtype).removeprefix("torch.")]
+        header[name] = {"dtype": name_of_dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     # The format aligns the data to 8 bytes, by spaces after the header.
     text += b" " * (-len(text) % 8)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, tensor in sorted(tensors.items()):
-                file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        remove(temporary)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:

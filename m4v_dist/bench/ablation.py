@@ -83,6 +83,7 @@ def run_config(config: RunConfig, row: str, seed: int) -> RunConfig:
     values["trainer"] |= {
         "validate_every_steps": max(1, num_steps // NUM_HELD_OUT_POINTS),
         "checkpoint_every_steps": num_steps,
+        "checkpoint_folder": None,
         "keep_last": 1,
     }
     values["launch"] |= {"num_workers": 1, "sequence_parallel": 1}

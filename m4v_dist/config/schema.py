@@ -24,7 +24,7 @@ class RunSettings(Settings):
     """Who this run is and where it lives."""
 
     name: Name = Field(description="Name of the run, as shown in W&B and in the report.")
-    folder: str = Field(min_length=1, description="Run folder, local or s3://: checkpoints, metrics, samples, report.")
+    folder: str = Field(min_length=1, description="Run folder, local or s3://: metrics, samples, report, checkpoints.")
     seed: int = Field(default=42, ge=0, lt=2**31, description="Seed of plan, noise and weights.")
 
 
@@ -154,6 +154,11 @@ class RunConfig(Settings):
         if self.warm_start.weights is None and self.warm_start.source is not None:
             return f"{self.run.folder.rstrip('/')}/warm_start/weights.safetensors"
         return self.warm_start.weights
+
+    @property
+    def checkpoint_folder(self) -> str:
+        """Where checkpoints and the lease are, local or s3://."""
+        return self.trainer.checkpoint_folder or f"{self.run.folder.rstrip('/')}/checkpoints"
 
     @property
     def total_steps(self) -> int:

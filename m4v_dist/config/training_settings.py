@@ -74,6 +74,20 @@ class TrainerSettings(Settings):
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this global norm.")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay of the moving average of weights.")
     checkpoint_every_steps: PositiveInt = Field(default=1000, description="Steps between checkpoints.")
+    checkpoint_folder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Where checkpoints go, local or s3://; None is <run.folder>/checkpoints. One run, one folder.",
+    )
+    max_failed_saves: PositiveInt = Field(
+        default=3, description="Saves in a row that failed (disk full, store down) and end the run; fewer go on."
+    )
+    save_timeout_s: float = Field(
+        default=1800.0, gt=0, description="Seconds that rank 0 waits for the other ranks' files before a save fails."
+    )
+    lease_timeout_s: float = Field(
+        default=60.0, ge=1, description="Seconds without a heartbeat after which another driver may take the run over."
+    )
     keep_last: PositiveInt = Field(default=3, description="Newest checkpoints that stay.")
     keep_every_steps: int = Field(default=0, ge=0, description="Multiples that stay for ever; 0 keeps none.")
     validate_every_steps: int = Field(

@@ -101,7 +101,9 @@ class WorkerKiller:
                 self._since_checkpoint += 1
                 self._last_step = row["step"]
             case "checkpoint":
-                self._checkpoint_step, self._since_checkpoint = row["step"], 0
+                # It is written beside training: steps may have been done since.
+                self._checkpoint_step = row["step"]
+                self._since_checkpoint = max(0, self._last_step + 1 - row["step"])
 
     def _is_moment(self) -> bool:
         moment = self._moment

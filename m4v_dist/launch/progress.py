@@ -50,6 +50,10 @@ class TrainingProgress:
                     bar.update(row["step"] + 1 - bar.n)
                 case "held_out":
                     bar.write(f"held-out loss after {row['step']} steps: {row['validation/held_out_loss']:.4f}")
+                case "failed_save":
+                    bar.write(f"{row['checkpoint']} could not be saved: {row['failures'][0]}")
+                case "damaged_checkpoint":
+                    bar.write(f"{row['checkpoint']} is damaged; going on from step {row['step']}: {row['reason']}")
                 case "restart":
                     bar.write(f"attempt {row['attempt']} goes on at step {row['step']}")
                     bar.n = row["step"]

@@ -77,6 +77,8 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "seen": seen,
         "seen_svg": plots.horizontal_bars(list(seen.items()), "samples") if seen else None,
         "ledger": ledger,
+        "failed_saves": (record.ledger or {}).get("failed_saves", 0),
+        "damaged_checkpoints": (record.ledger or {}).get("damaged_checkpoints", 0),
         "ledger_total": sum(seconds for _, seconds in ledger),
         "ledger_svg": plots.stacked_bar([(use.role, seconds) for use, seconds in ledger], "seconds")
         if ledger

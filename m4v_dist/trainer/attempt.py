@@ -2,46 +2,101 @@
 
 import logging
 import os
+import re
 import time
+from dataclasses import dataclass
 
 from m4v_dist import storage
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import DataError
+from m4v_dist.errors import DamagedCheckpointError, DataError, JobError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.lease import Holder, Lease, claim
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics, broken_attempt, read_rows
 
 logger = logging.getLogger(__name__)
 
+_FILE = re.compile(r"^attempt_(\d+)\.json$")
 
-def begin_attempt(config: RunConfig, mesh: Mesh) -> tuple[str | None, Ledger, Metrics | None, Broken | None]:
+
+@dataclass(frozen=True)
+class Attempt:
+    """What an attempt begins with.
+
+    Args:
+        number: from 1; a later attempt's is higher.
+        saved: path of the checkpoint to go on from; None: the start.
+        lease: of rank 0; None on the others.
+        ledger: the run's, of rank 0.
+        metrics: of rank 0; None on the others.
+        broken: of rank 0: what the attempt before lost if it broke off.
+        damage: what is wrong with that checkpoint, as far as the sizes of its files show; None: nothing.
+    """
+
+    number: int
+    saved: str | None
+    lease: Lease | None
+    ledger: Ledger
+    metrics: Metrics | None
+    broken: Broken | None
+    damage: str | None
+
+
+def begin_attempt(config: RunConfig, mesh: Mesh, holder: Holder) -> Attempt:
     """Begin an attempt (collective); rank 0 writes `attempts/attempt_0001.json` before any step is done.
 
-    Returns:
-        Path of the checkpoint to go on from (None: the start), the run's ledger, and of rank 0 its metrics and what
-        the attempt before lost if it broke off.
+    Args:
+        config: of the run.
+        mesh: rank facts.
+        holder: rank 0's: the driver that the attempt belongs to.
 
     Raises:
+        RunInUseError: another driver holds the run.
         DataError: the newest checkpoint is past the end of the curriculum.
     """
     pids = {str(rank): pid for rank, pid in enumerate(mesh.gather(os.getpid()))}
-    newest = checkpoint.newest_committed(storage.join(config.run.folder, "checkpoints")) if mesh.is_main else None
-    saved: str | None = mesh.from_main(newest)
-    step = 0 if saved is None else checkpoint.step_of(saved)
-    if step > config.total_steps:
-        raise DataError(
-            f"{saved} is past the curriculum's {config.total_steps} steps; lengthen a stage, or give another folder."
-        )
+    found: tuple[Lease, str | None, str | None] | JobError | None = None
+    if mesh.is_main:
+        try:
+            found = _claim(config, holder)
+        except JobError as error:
+            # Raised below, on all ranks: else the others would wait for rank 0.
+            found = error
+    answer = mesh.from_main(found)
+    if isinstance(answer, JobError):
+        raise answer
+    lease, saved, damage = answer
     if not mesh.is_main:
-        return saved, Ledger(), None, None
+        return Attempt(lease.number, saved, None, Ledger(), None, None, damage)
     folder = config.run.folder
-    attempts = storage.join(folder, "attempts")
-    attempt = 1 + sum(name.startswith("attempt_") for name in storage.list_folder(attempts))
-    facts = {"attempt": attempt, "pids": pids, "started": time.time()}
-    storage.write_json(storage.join(attempts, f"attempt_{attempt:04d}.json"), facts)
+    facts = {"attempt": lease.number, "pids": pids, "started": time.time()}
+    storage.write_json(storage.join(folder, "attempts", f"attempt_{lease.number:04d}.json"), facts)
     rows, num_torn = read_rows(folder)
     if num_torn:
         logger.warning("%s/metrics.jsonl: %d torn lines passed over.", folder, num_torn)
     path = storage.join(folder, "ledger.json")
     ledger = Ledger.from_json(storage.read_json(path)) if storage.exists(path) else Ledger()
-    return saved, ledger, Metrics(folder, attempt, config.logging, config), broken_attempt(rows, step)
+    metrics = Metrics(folder, lease.number, config.logging, config)
+    step = 0 if saved is None else checkpoint.step_of(saved)
+    return Attempt(lease.number, saved, lease, ledger, metrics, broken_attempt(rows, step), damage)
+
+
+def _claim(config: RunConfig, holder: Holder) -> tuple[Lease, str | None, str | None]:
+    """The lease of a new attempt, then the newest checkpoint, since the lease keeps it the newest; and its damage."""
+    names = storage.list_folder(storage.join(config.run.folder, "attempts"))
+    numbers = [int(found[1]) for name in names if (found := _FILE.match(name))]
+    lease = claim(
+        config.checkpoint_folder, holder, above=max(numbers, default=0), timeout_s=config.trainer.lease_timeout_s
+    )
+    saved = checkpoint.newest_committed(config.checkpoint_folder)
+    step = 0 if saved is None else checkpoint.step_of(saved)
+    if step > config.total_steps:
+        raise DataError(
+            f"{saved} is past the curriculum's {config.total_steps} steps; lengthen a stage, or give another folder."
+        )
+    try:
+        if saved is not None:
+            checkpoint.check(saved)
+    except DamagedCheckpointError as error:
+        return lease, saved, str(error)
+    return lease, saved, None

@@ -1,117 +1,54 @@
-"""Checkpoints: what a folder holds, how it becomes one, which one counts, which ones go.
+"""Checkpoints: what a folder holds, which one counts, how it is read, which ones go. Written by `checkpoint_save.py`.
 
-`step_00000120/` holds, written by all ranks together through torch.distributed.checkpoint:
-    weights/<parameter>, ema/<parameter>, exp_avg/<parameter>, exp_avg_sq/<parameter>   1-d float32, in ranges
-and, written by rank 0: `state.json` (step, curriculum position, loader, optimizer steps, counts, shapes),
-`config.json` (the resolved config), `random/rank_00000.json` of each rank, and last of all `COMMITTED`, with the size
-of every file. A folder without `COMMITTED` is no checkpoint: it is named in the log and passed over.
+`step_00000120/` holds `attempt_0003/`, the files of the attempt that wrote it:
+    rank_00000.safetensors   of each rank: its ranges of weights/<parameter>, ema/<parameter>, exp_avg/<parameter> and
+                             exp_avg_sq/<parameter>, 1-d float32, named <key>@<first element>
+    rank_00000.json          of each rank: sums and ranges of that file, and the rank's random state
+    index.json               of each key: its size, and its ranges: first element, length, rank, byte in the rank's file
+    state.json config.json   step, curriculum position, loader, optimizer steps, counts, shapes; the resolved config
+and, last of all, `COMMITTED`: the attempt's number, and of each file its size and a checksum for each megabyte. A
+folder without it is no checkpoint: it is named in the log and passed over. `DAMAGED` says why a marker was taken away.
 
+An attempt writes in a folder of its own, and the marker is made only if there is none: an attempt that was declared
+dead and goes on all the same can spoil nothing that a later one wrote.
 A parameter is stored flattened, each rank's range on its own, so any world size and ZeRO stage reads it back without a
 conversion. The optimizer's settings (lr, decay) are not in it: they come from the config.
 """
 
-import base64
+import json
 import logging
 import os
 import re
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 
 from m4v_dist import storage
-from m4v_dist.config.load import config_to_json
-from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import ConfigError, DataError
-from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.errors import DamagedCheckpointError, DataError
+from m4v_dist.trainer.block_file import FileSums, read_file
+from m4v_dist.trainer.range_reader import Span, fill, spans_of
+from m4v_dist.trainer.ranges import Ranges
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 COMMITTED = "COMMITTED"
+DAMAGED = "DAMAGED"
 _FOLDER = re.compile(r"^step_(\d{8})$")
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """What this rank holds of one flat tensor: a list of (first element, 1-d values).
-
-    Speaks torch.distributed.checkpoint's protocol (`_checkpointable.py`), so that its planners see the parts of one
-    global tensor. Values are read from, and loaded into, in place.
-    """
-
-    num_elements: int
-    parts: tuple[tuple[int, Tensor], ...]
-
-    def __create_write_items__(self, key: str, _: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(key, torch.Size([start])),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(offsets=torch.Size([start]), sizes=values.size()),
-                    properties=TensorProperties.create_from_tensor(values),
-                    size=torch.Size([self.num_elements]),
-                ),
-            )
-            for start, values in self.parts
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offsets=torch.Size([start]), sizes=values.size()) for start, values in self.parts]
-
-    def values_at(self, index: MetadataIndex) -> Tensor:
-        """The part that begins at the index's offset."""
-        assert index.offset is not None, f"{index}: a range has an offset"
-        return next(values for start, values in self.parts if start == index.offset[0])
-
-
-class _SavePlanner(dcp.DefaultSavePlanner):
-    """The default planner takes parts of tensors only from torch's own sharded types."""
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn].values_at(index)
-
-
-class _LoadPlanner(dcp.DefaultLoadPlanner):
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        # The default one walks into dataclasses and would hand on copies of the ranges.
-        self.state_dict = self.original_state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        values: Tensor = self.state_dict[index.fqn].values_at(index)
-        return values
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        # Written into below the autograd's eye: these are views of DeepSpeed's buffers.
-        return super().resolve_tensor(read_item).detach()
-
-
-def _require_local(path: str) -> None:
-    if storage.is_remote(path):
-        raise ConfigError(
-            f"{path}: checkpoints on object stores are not supported yet; set run.folder to a local or mounted folder."
-        )
 
 
 def folder_name(step: int) -> str:
     """Name of the checkpoint after `step` optimizer steps."""
     return f"step_{step:08d}"
+
+
+def attempt_folder(path: str, attempt: int) -> str:
+    """Where an attempt writes the checkpoint at `path`."""
+    return storage.join(path, f"attempt_{attempt:04d}")
 
 
 def step_of(path: str) -> int:
@@ -122,118 +59,140 @@ def step_of(path: str) -> int:
     return int(match.group(1))
 
 
-def save(
-    folder: str,
-    step: int,
-    *,
-    tensors: Mapping[str, Ranges],
-    state: Mapping[str, Any],
-    config: RunConfig,
-    mesh: Mesh,
-) -> str:
-    """Write the checkpoint of `step` and commit it (collective); return its path.
+@dataclass(frozen=True)
+class Marker:
+    """What COMMITTED says.
 
     Args:
-        folder: the run's `checkpoints` folder.
-        step: optimizer steps done.
-        tensors: keyed `<kind>/<parameter>`, the same keys on every rank.
-        state: JSON; rank 0's counts.
-        config: resolved config.
-        mesh: rank facts.
+        folder: of the files.
+        files: sums of each file by its name there.
     """
-    _require_local(folder)
-    path = storage.join(folder, folder_name(step))
-    if mesh.is_main:
-        # What an earlier attempt left half-written here must not mix with this one.
-        storage.remove(path)
-        storage.make_folder(storage.join(path, "random"))
-    mesh.barrier()
-    planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(path), planner=planner)
-    storage.write_json(storage.join(path, "random", f"rank_{mesh.rank:05d}.json"), _random_state())
-    if mesh.is_main:
-        whole = {"format": FORMAT, "step": step, "world_size": mesh.world_size, **state}
-        storage.write_json(storage.join(path, "state.json"), whole)
-        storage.write_bytes(storage.join(path, "config.json"), config_to_json(config).encode())
-    # Every rank's files stand before the marker does.
-    mesh.barrier()
-    if mesh.is_main:
-        storage.write_json(storage.join(path, COMMITTED), {"step": step, "size_bytes": _sizes(path)})
-    mesh.barrier()
-    return path
+
+    folder: str
+    files: Mapping[str, FileSums]
+
+    def path(self, name: str) -> str:
+        """Path of one of the files."""
+        return storage.join(self.folder, name)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One of the JSON files, verified.
+
+        Raises:
+            DamagedCheckpointError: it is missing, or not what was written.
+        """
+        if name not in self.files:
+            path = self.folder.rpartition("/")[0]
+            raise DamagedCheckpointError(f"{self.path(name)}: no such file in the commit; {_way_out(path)}")
+        value: dict[str, Any] = json.loads(read_file(self.path(name), self.files[name]))
+        return value
 
 
-def load(path: str, tensors: Mapping[str, Ranges]) -> None:
-    """Fill `tensors` in place from a committed checkpoint (collective when a process group is up).
+def marker_json(step: int, attempt: int, files: Mapping[str, FileSums]) -> bytes:
+    """What `read_marker` reads."""
+    sums = {name: files[name].to_json() for name in sorted(files)}
+    return json.dumps({"format": FORMAT, "step": step, "attempt": attempt, "files": sums}).encode()
+
+
+def read_marker(path: str) -> Marker:
+    """Read a committed checkpoint's marker.
 
     Raises:
-        DataError: a tensor is missing or has another size, or a file was cut short since the commit.
+        DataError: not committed, or of another format.
+        DamagedCheckpointError: the marker is no such JSON.
     """
-    check(path)
-    reader = dcp.FileSystemReader(path)
-    stored = reader.read_metadata().state_dict_metadata
+    require_committed(path)
+    file = storage.join(path, COMMITTED)
+    try:
+        value = json.loads(storage.read_bytes(file))
+        found = 1 if "size_bytes" in value else value["format"]
+        if found == FORMAT:
+            files = {name: FileSums.from_json(sums) for name, sums in value["files"].items()}
+            return Marker(attempt_folder(path, int(value["attempt"])), files)
+    # ValueError: no JSON, or bytes that are no text; the others: JSON of another shape
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            f"{file}: no marker of a checkpoint ({type(error).__name__}: {error}); {_way_out(path)}"
+        ) from error
+    raise DataError(
+        f"{path}: checkpoint format {found}, but this code reads format {FORMAT}; go on with the code that wrote it, "
+        "or give another run.folder."
+    )
+
+
+def _way_out(path: str) -> str:
+    return f"the checkpoint is damaged: training goes on from the one before it; to do so by hand, remove {path}."
+
+
+def load(path: str, tensors: Mapping[str, Ranges], *, may_miss: Collection[str] = ()) -> None:
+    """Fill `tensors` in place from a committed checkpoint; each rank for itself, what it needs and no more.
+
+    Args:
+        path: of the checkpoint.
+        tensors: keyed `<kind>/<parameter>`.
+        may_miss: kinds of which what is not stored stays as it is.
+
+    Raises:
+        DataError: a tensor is missing or has another size.
+        DamagedCheckpointError: a file is not what was written.
+    """
+    marker = check(path)
+    index = marker.read_json("index.json")["tensors"]
+    wanted: dict[str, list[Span]] = {}
     for key, ranges in tensors.items():
-        entry = stored.get(key)
-        if not isinstance(entry, TensorStorageMetadata) or entry.size.numel() != ranges.num_elements:
-            size = "nothing" if entry is None else f"{getattr(entry, 'size', entry)}"
+        entry = index.get(key)
+        if entry is None and key.split("/", 1)[0] in may_miss:
+            continue
+        if entry is None or entry["num_elements"] != ranges.num_elements:
+            size = "nothing" if entry is None else f"{entry['num_elements']}"
             raise DataError(
                 f"{path}: {key} needs {ranges.num_elements} elements, but the checkpoint has {size}; it was written by "
                 "another model: use its config, or a fresh run.folder."
             )
-    planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with warnings.catch_warnings():
-        # Reading in one process is meant, and needs no warning.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        alone = not torch.distributed.is_initialized()
-        dcp.load(dict(tensors), storage_reader=reader, planner=planner, no_dist=alone)
+        for start, values in ranges.parts:
+            for rank, span in spans_of(entry["parts"], start, values):
+                wanted.setdefault(rank_file(rank), []).append(span)
+    for name, spans in wanted.items():
+        fill(marker.path(name), marker.files[name], spans)
+
+
+def rank_file(rank: int, suffix: str = "safetensors") -> str:
+    """Name of a rank's file."""
+    return f"rank_{rank:05d}.{suffix}"
 
 
 def read_state(path: str) -> dict[str, Any]:
     """Read a checkpoint's `state.json`.
 
     Raises:
-        DataError: damaged, or of another format.
+        DataError: not committed, damaged, or of another format.
     """
-    state: dict[str, Any] = _read_part(path, "state.json")
-    if state.get("format") != FORMAT:
-        raise DataError(f"{path}: checkpoint format {state.get('format')}, but this code reads format {FORMAT}.")
-    return state
+    return read_marker(path).read_json("state.json")
 
 
 def read_config(path: str) -> dict[str, Any]:
     """Read the resolved config that a checkpoint was written under, as JSON values.
 
     Raises:
-        DataError: damaged.
+        DataError: not committed, damaged, or of another format.
     """
-    config: dict[str, Any] = _read_part(path, "config.json")
-    return config
+    return read_marker(path).read_json("config.json")
 
 
-def _read_part(path: str, name: str) -> Any:
-    """Read one JSON file of a committed checkpoint.
+def read_random_state(path: str, rank: int) -> dict[str, Any] | None:
+    """The random state that `rank` had; None if there was no such rank at the save: it keeps its own.
+
+    Training draws everything from slot seeds; this covers what a library may draw beside them.
 
     Raises:
-        DataError: it is missing, no JSON, or no JSON object.
+        DataError: not committed, damaged, or of another format.
     """
-    file = storage.join(path, name)
-    way_out = f"the checkpoint is damaged: remove {path}, and the one before it is taken."
-    if not storage.exists(file):
-        raise DataError(f"{file}: no such file; {way_out}")
-    try:
-        value = storage.read_json(file)
-    # ValueError: no JSON, or bytes that are no text.
-    except ValueError as error:
-        raise DataError(f"{file}: not valid JSON ({error.__cause__ or error}); {way_out}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{file}: needs a JSON object, but holds {str(value)[:60]!r}; {way_out}")
-    return value
-
-
-def stored_names(path: str, kind: str) -> list[str]:
-    """Names of the parameters that a checkpoint holds a `kind` of: weights, ema, exp_avg, exp_avg_sq."""
-    keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return sorted(key.removeprefix(f"{kind}/") for key in keys if key.startswith(f"{kind}/"))
+    marker, name = read_marker(path), rank_file(rank, "json")
+    if name not in marker.files:
+        logger.info("rank %d: no saved random state in %s (another world size).", rank, path)
+        return None
+    state: dict[str, Any] = marker.read_json(name)["random"]
+    return state
 
 
 def load_weights(path: str) -> dict[str, Tensor]:
@@ -251,7 +210,6 @@ def load_ema_weights(path: str) -> dict[str, Tensor]:
 
 
 def _load_whole(path: str, kind: str) -> dict[str, Tensor]:
-    require_committed(path)
     shapes: dict[str, list[int]] = read_state(path)["shapes"]
     flats = {name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
     load(path, {f"{kind}/{name}": Ranges(flat.numel(), ((0, flat),)) for name, flat in flats.items()})
@@ -280,27 +238,27 @@ def require_committed(path: str) -> None:
         )
 
 
-def check(path: str) -> None:
-    """Compare the files of a committed checkpoint with the sizes that were committed.
+def check(path: str) -> Marker:
+    """Compare the files of a committed checkpoint with the sizes that were committed; return its marker.
 
     Raises:
-        DataError: not committed, or a file is missing or has another size.
+        DataError: not committed, or of another format.
+        DamagedCheckpointError: a file is missing or has another size.
     """
-    require_committed(path)
-    marker = _read_part(path, COMMITTED)
-    if not isinstance(marker.get("size_bytes"), dict):
-        raise DataError(
-            f"{storage.join(path, COMMITTED)}: no sizes in it; the checkpoint is damaged: remove {path}, and the one "
-            "before it is taken."
-        )
-    for name, size in marker["size_bytes"].items():
-        file = storage.join(path, name)
-        found = storage.size_bytes(file) if storage.exists(file) else None
-        if found != size:
-            raise DataError(
-                f"{file}: {found} bytes, but {size} were committed; the checkpoint is damaged: remove {path}, and the "
-                "one before it is taken."
+    marker = read_marker(path)
+    found = storage.list_sizes(marker.folder)
+    for name, sums in marker.files.items():
+        if found.get(name) != sums.size_bytes:
+            raise DamagedCheckpointError(
+                f"{marker.path(name)}: {found.get(name)} bytes, but {sums.size_bytes} were committed; {_way_out(path)}"
             )
+    return marker
+
+
+def condemn(path: str, reason: str) -> None:
+    """Take a damaged checkpoint out of the choice for good: note the reason in it, then remove its marker."""
+    storage.write_json(storage.join(path, DAMAGED), {"reason": reason, "time": time.time()})
+    storage.remove(storage.join(path, COMMITTED))
 
 
 def list_committed(folder: str) -> list[str]:
@@ -312,7 +270,9 @@ def list_committed(folder: str) -> list[str]:
         if is_committed(storage.join(folder, name)):
             committed.append(name)
         else:
-            logger.warning("%s: uncommitted checkpoint (a save that was cut off), passed over.", f"{folder}/{name}")
+            is_damaged = storage.exists(storage.join(folder, name, DAMAGED))
+            what = "damaged checkpoint" if is_damaged else "uncommitted checkpoint (a save that was cut off)"
+            logger.warning("%s: %s, passed over.", f"{folder}/{name}", what)
     return committed
 
 
@@ -320,6 +280,33 @@ def newest_committed(folder: str) -> str | None:
     """Path of the newest committed checkpoint, or None."""
     names = list_committed(folder)
     return storage.join(folder, names[-1]) if names else None
+
+
+def newest_sound(folder: str) -> str | None:
+    """Path of the newest committed checkpoint that looks sound, or None if none stands.
+
+    By the sizes of its files, and by state and config; changes nothing: it is what a preflight expects training to go
+    on from. Damaged ones are named in the log.
+
+    Raises:
+        DataError: checkpoints stand there, and all are damaged.
+    """
+    names = list_committed(folder)
+    for name in reversed(names):
+        try:
+            marker = check(storage.join(folder, name))
+            for part in ("state.json", "config.json"):
+                marker.read_json(part)
+        except DamagedCheckpointError as error:
+            logger.warning("%s", error)
+        else:
+            return storage.join(folder, name)
+    if names:
+        raise DataError(
+            f"{folder}: all committed checkpoints are damaged ({', '.join(names)}; the log says how); remove them to "
+            "begin anew, or put a copy of one in its place."
+        )
+    return None
 
 
 def prune(folder: str, *, keep_last: int, keep_every_steps: int) -> list[str]:
@@ -341,60 +328,3 @@ def prune(folder: str, *, keep_last: int, keep_every_steps: int) -> list[str]:
         storage.remove(storage.join(folder, name, COMMITTED))
         storage.remove(storage.join(folder, name))
     return removed
-
-
-def restore_random_state(path: str, mesh: Mesh) -> None:
-    """Restore this rank's random state; a rank that did not exist at the save keeps its own.
-
-    Training draws everything from slot seeds; this covers what a library may draw beside them.
-    """
-    file = storage.join(path, "random", f"rank_{mesh.rank:05d}.json")
-    if not storage.exists(file):
-        logger.info("rank %d: no saved random state in %s (another world size).", mesh.rank, path)
-        return
-    state = _read_part(path, f"random/rank_{mesh.rank:05d}.json")
-    torch.set_rng_state(_from_text(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_from_text(state["cuda"]))
-
-
-def _random_state() -> dict[str, str]:
-    state = {"torch": _to_text(torch.get_rng_state())}
-    if torch.cuda.is_available():
-        state["cuda"] = _to_text(torch.cuda.get_rng_state())
-    return state
-
-
-def _to_text(values: Tensor) -> str:
-    return base64.b64encode(bytes(values.tolist())).decode()
-
-
-def _from_text(text: str) -> Tensor:
-    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
-
-
-def _sizes(path: str) -> dict[str, int]:
-    names: Iterable[str] = (
-        name if not folder else f"{folder}/{name}"
-        for folder in ("", "random")
-        for name in storage.list_folder(storage.join(path, folder) if folder else path)
-    )
-    return {name: storage.size_bytes(storage.join(path, name)) for name in names if not _is_folder(path, name)}
-
-
-def _is_folder(path: str, name: str) -> bool:
-    return os.path.isdir(storage.join(path, name))
-
-
-def to_ranges(kind: str, owned: Sequence[tuple[str, int, Tensor]], shapes: Mapping[str, Any]) -> dict[str, Ranges]:
-    """Key what a rank owns by `<kind>/<parameter>`; parameters that it owns nothing of have no parts.
-
-    Args:
-        kind: weights, ema, exp_avg or exp_avg_sq.
-        owned: (parameter, first element, 1-d values).
-        shapes: of all parameters to be named, in model order.
-    """
-    parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in shapes}
-    for name, start, values in owned:
-        parts[name].append((start, values.detach()))
-    return {f"{kind}/{name}": Ranges(torch.Size(shapes[name]).numel(), tuple(found)) for name, found in parts.items()}

@@ -42,6 +42,8 @@ class Ledger:
             done then; and steps that were skipped because they were not finite.
         build_s: building the engine and loading a checkpoint, at the start and at each curriculum boundary.
         other_s: the rest: writing rows, asking whether to stop, closing engine and loader.
+        failed_saves: saves that did not become a checkpoint.
+        damaged_checkpoints: committed ones that were not what was written, so that the run went on from one before.
     """
 
     step_s: float = 0.0
@@ -52,11 +54,13 @@ class Ledger:
     lost_s: float = 0.0
     build_s: float = 0.0
     other_s: float = 0.0
+    failed_saves: int = 0
+    damaged_checkpoints: int = 0
 
     @property
     def goodput(self) -> float:
         """Share of the run's time that was spent in steps that count."""
-        total = sum(asdict(self).values())
+        total = sum(seconds for name, seconds in asdict(self).items() if name.endswith("_s"))
         return self.step_s / total if total else 0.0
 
     def to_json(self) -> dict[str, float]:
@@ -66,7 +70,7 @@ class Ledger:
     @classmethod
     def from_json(cls, values: Mapping[str, float]) -> "Ledger":
         """Read back what `to_json` wrote."""
-        return cls(**{name: value for name, value in values.items() if name != "goodput"})
+        return cls(**{name: value for name, value in values.items() if name != "goodput"})  # type: ignore[arg-type]
 
 
 class Metrics:
@@ -91,8 +95,9 @@ class Metrics:
         """Append one row.
 
         Args:
-            kind: train, held_out, checkpoint, restart, stage or ledger.
-            step: optimizer steps done when the row's event happened; a train row's own 0-based step.
+            kind: train, held_out, checkpoint, failed_save, damaged_checkpoint, restart, stage or ledger.
+            step: optimizer steps done when the row's event happened; of a train row its own 0-based step, of a
+                checkpoint those that it holds.
             values: numbers and names.
         """
         row = {"attempt": self.attempt, "step": step, "kind": kind, "time": time.time(), **values}
@@ -157,9 +162,11 @@ def broken_attempt(rows: list[dict[str, Any]], resume_step: int) -> Broken | Non
         return None
     mine = [row for row in rows if row["attempt"] == rows[-1]["attempt"]]
     # A kill between a commit and its row: the last step before it is the next best.
-    stood = [row for row in mine if row["kind"] == "train" and row["step"] < resume_step]
-    stood += [row for row in mine if row["kind"] == "checkpoint" and row["step"] <= resume_step]
-    since = max((row["time"] for row in stood), default=mine[0]["time"])
+    stood = [row["time"] for row in mine if row["kind"] == "train" and row["step"] < resume_step]
+    # Since its snapshot, not since the commit: steps were done between the two.
+    commits = [row for row in mine if row["kind"] == "checkpoint" and row["step"] <= resume_step]
+    stood += [row.get("snapshot_time", row["time"]) for row in commits]
+    since = max(stood, default=mine[0]["time"])
     done = max((row["step"] + 1 for row in mine if row["kind"] == "train"), default=resume_step)
     return Broken(max(0.0, mine[-1]["time"] - since), max(0, done - resume_step), mine[-1]["time"])
 

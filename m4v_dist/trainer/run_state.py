@@ -1,13 +1,21 @@
-"""Engine and average as the tensors of a checkpoint, and back."""
+"""A run's state as a checkpoint holds it, and back: engine and average as tensors, the counts as JSON."""
 
+from typing import Any
+
+from m4v_dist.errors import DamagedCheckpointError
 from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.curriculum import CurriculumStage
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from m4v_dist.trainer.ema import Ema
+from m4v_dist.trainer.guards import SkippedSteps
+from m4v_dist.trainer.random_state import restore_random_state
+from m4v_dist.trainer.ranges import Ranges, to_ranges
+from m4v_dist.trainer.seams import Loader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def checkpoint_tensors(engine: ZeroEngine, ema: Ema, *, to_load: bool) -> dict[str, checkpoint.Ranges]:
+def checkpoint_tensors(engine: ZeroEngine, ema: Ema, *, to_load: bool) -> dict[str, Ranges]:
     """What this rank holds of weights, average and moments, as views; keys are the same on every rank.
 
     Args:
@@ -22,24 +30,58 @@ def checkpoint_tensors(engine: ZeroEngine, ema: Ema, *, to_load: bool) -> dict[s
     first = [(item.name, item.start, item.exp_avg) for item in slices if item.exp_avg is not None]
     second = [(item.name, item.start, item.exp_avg_sq) for item in slices if item.exp_avg_sq is not None]
     return {
-        **checkpoint.to_ranges("weights", weights, shapes),
-        **checkpoint.to_ranges("ema", average, shapes),
-        **checkpoint.to_ranges("exp_avg", first, training),
-        **checkpoint.to_ranges("exp_avg_sq", second, training),
+        **to_ranges("weights", weights, shapes),
+        **to_ranges("ema", average, shapes),
+        **to_ranges("exp_avg", first, training),
+        **to_ranges("exp_avg_sq", second, training),
     }
 
 
-def load_tensors(path: str, engine: ZeroEngine, ema: Ema) -> None:
-    """Fill engine and average from a committed checkpoint (collective).
+def counts_to_json(
+    curriculum_stage: CurriculumStage, engine: ZeroEngine, ema: Ema, loader: Loader, skipped: SkippedSteps
+) -> dict[str, Any]:
+    """What a checkpoint's `state.json` holds beside step and world size; rank 0's counts."""
+    return {
+        "curriculum_stage": {
+            "index": curriculum_stage.index,
+            "name": curriculum_stage.settings.name,
+            "start": curriculum_stage.start,
+        },
+        "loader": loader.state_dict(),
+        "optimizer_steps": engine.optimizer_steps(),
+        "ema_updates": ema.num_updates,
+        "skipped_steps": skipped.total,
+        "shapes": engine.shapes,
+    }
+
+
+def load_run(path: str, engine: ZeroEngine, ema: Ema, loader: Loader, skipped: SkippedSteps) -> None:
+    """Bring all that a checkpoint holds back (collective).
 
     Moments of a parameter that was frozen at the save are not stored: they stay zero, and with the group's own step
     counter at zero its AdamW begins anew.
 
     Raises:
-        DataError: the checkpoint is damaged, or of another model.
+        DataError: the checkpoint is of another model.
+        DamagedCheckpointError: some rank found that it is not what was written; the same error on all of them. The
+            engine is then half filled, and good for nothing.
     """
-    stored = {f"{kind}/{name}" for kind in MOMENTS for name in checkpoint.stored_names(path, kind)}
-    tensors = checkpoint_tensors(engine, ema, to_load=True)
-    wanted = {key: ranges for key, ranges in tensors.items() if key.split("/", 1)[0] not in MOMENTS or key in stored}
-    checkpoint.load(path, wanted)
+    mesh = engine.mesh
+    damage: str | None = None
+    try:
+        state = checkpoint.read_state(path)
+        random = checkpoint.read_random_state(path, mesh.rank)
+        checkpoint.load(path, checkpoint_tensors(engine, ema, to_load=True), may_miss=MOMENTS)
+    except DamagedCheckpointError as error:
+        damage = str(error)
+    found = [told for told in mesh.gather(damage) if told is not None]
+    if found:
+        raise DamagedCheckpointError(found[0])
     engine.publish()
+    engine.set_optimizer_steps(state["optimizer_steps"])
+    ema.num_updates = state["ema_updates"]
+    loader.load_state_dict(state["loader"])
+    skipped.total = state["skipped_steps"]
+    # Last, after all that could have drawn from it.
+    if random is not None:
+        restore_random_state(random)

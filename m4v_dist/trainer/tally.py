@@ -25,6 +25,7 @@ class Sums:
         tokens: of all packed segments.
         bad_records: damaged records that the ranks met, summed.
         wants_stop: whether any rank (rank 0 is the one that asks) was told to stop.
+        has_failed_save: whether any rank's part of a save went wrong.
     """
 
     loss: float
@@ -32,6 +33,7 @@ class Sums:
     tokens: int
     bad_records: int
     wants_stop: bool
+    has_failed_save: bool
 
 
 def train_row(sums: Sums, *, norm: float | None, step_s: float, data_s: float, world_size: int) -> dict[str, float]:
@@ -76,24 +78,29 @@ class Tally:
             self._metrics.setdefault(name, []).append(value.detach())
         self._tokens += sum(slot.num_tokens for slot, weight in zip(batch.slots, batch.weights, strict=True) if weight)
 
-    def summed(self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False) -> Sums:
+    def summed(
+        self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False, has_failed_save: bool = False
+    ) -> Sums:
         """Sum over ranks (collective).
 
         Args:
             mesh: rank facts.
             bad_records: this rank's count.
             wants_stop: whether this rank was told to stop; it travels with the numbers that every step sums anyway.
+            has_failed_save: whether this rank's part of a save went wrong; the same.
         """
         losses = torch.stack([value.double() for value in self._losses]).sum().reshape(1).cpu()
         metrics = [torch.stack(values).double().sum(0).cpu() for values in self._metrics.values()]
-        counts = torch.tensor([bad_records, wants_stop, self._tokens]).double()
+        counts = torch.tensor([bad_records, self._tokens]).double()
         values = torch.cat([losses, *metrics, counts])
         if mesh.sequence.rank:
             # Not zeros: a loss that is not finite on any rank must show.
             values = values * 0
-        total = mesh.sum_over_ranks(values).tolist()
+        # Of any rank, whatever it counts.
+        flags = torch.tensor([wants_stop, has_failed_save]).double()
+        total = mesh.sum_over_ranks(torch.cat([values, flags])).tolist()
         pairs = total[1 : 1 + 2 * len(metrics)]
-        bad, stop, tokens = (int(value) for value in total[1 + 2 * len(metrics) :])
+        bad, tokens, stop, failed_saves = (int(value) for value in total[1 + 2 * len(metrics) :])
         return Sums(
             loss=total[0],
             means={
@@ -102,4 +109,5 @@ class Tally:
             tokens=tokens,
             bad_records=bad,
             wants_stop=stop > 0,
+            has_failed_save=failed_saves > 0,
         )

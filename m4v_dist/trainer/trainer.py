@@ -6,13 +6,14 @@ whether rank 0 was asked to stop), then, only if that loss is finite, the optimi
 the same bits. What was seen of the data is the loader's to count, and part of its state.
 
 A resume, a restart after a lost worker and the boundary of a curriculum stage are one path: build model and engine,
-load the newest committed checkpoint, go on at its step.
+load the newest committed checkpoint, go on at its step. One that is damaged is passed over aloud for the one before it.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +22,19 @@ from torch import nn
 
 from m4v_dist import storage
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import PreemptedError
+from m4v_dist.errors import DamagedCheckpointError, PreemptedError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
-from m4v_dist.trainer.attempt import begin_attempt
+from m4v_dist.trainer.attempt import Attempt, begin_attempt
 from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.guards import Clock, SkippedSteps, require_same_slots
+from m4v_dist.trainer.lease import Holder, LeaseKeeper
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
-from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
+from m4v_dist.trainer.run_state import checkpoint_tensors, counts_to_json, load_run
+from m4v_dist.trainer.saving import Saving
 from m4v_dist.trainer.seams import Loader, Objective, StepBatch
 from m4v_dist.trainer.tally import Tally, train_row
 
@@ -64,6 +67,7 @@ class Trainer:
         objective: called with the engine's model and a micro-batch.
         loader: this rank's.
         should_stop: asked on rank 0 in each step; True saves after that step and ends with PreemptedError.
+        holder: the driver that this attempt belongs to and that keeps the run's lease; None: this process, for itself.
     """
 
     def __init__(
@@ -76,20 +80,21 @@ class Trainer:
         loader: Loader,
         fill_start: Callable[[nn.Module], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
+        holder: Holder | None = None,
     ) -> None:
         self.config, self.mesh, self.objective, self.loader = config, mesh, objective, loader
         self.build_model, self.fill_start, self.should_stop = build_model, fill_start, should_stop
         self.folder = config.run.folder
-        self.checkpoints = storage.join(self.folder, "checkpoints")
+        self.holder = holder
         self.sources = tuple(source.name for source in config.train_sources)
         self.step = 0
         self.skipped = SkippedSteps(config.trainer.max_skipped_steps)
         self.ledger = Ledger()
         self.clock = Clock()
-        self.saved: str | None = None
         self.held_out_loss: float | None = None
         self.metrics: Metrics | None = None
         self.wants_stop = False
+        self.saving: Saving
         self.engine: ZeroEngine
         self.ema: Ema
 
@@ -99,22 +104,38 @@ class Trainer:
         Raises:
             PreemptedError: asked to stop; the state is saved.
             NonFiniteError: too many steps in a row were not finite.
-            DataError: the newest checkpoint does not fit this model.
+            SaveFailedError: too many saves in a row failed.
+            RunInUseError: another driver holds the run, or took it over.
+            DataError: the newest checkpoint does not fit this model, or all are damaged.
         """
         self.clock.lap()
-        self.saved, self.ledger, self.metrics, broken = begin_attempt(self.config, self.mesh)
-        self.step = 0 if self.saved is None else checkpoint.step_of(self.saved)
+        holder = self.holder or Holder.of_this_process()
+        with self._kept_lease(holder):
+            return self._run(begin_attempt(self.config, self.mesh, holder))
+
+    def _kept_lease(self, holder: Holder) -> AbstractContextManager[object]:
+        """Rank 0 keeps its own lease where no driver does."""
+        if self.holder is not None or not self.mesh.is_main:
+            return nullcontext()
+        return LeaseKeeper(self.config.checkpoint_folder, holder, self.config.trainer.lease_timeout_s)
+
+    def _run(self, attempt: Attempt) -> TrainResult:
+        self.ledger, self.metrics = attempt.ledger, attempt.metrics
+        self.saving = Saving(self.config, self.mesh, attempt, self.clock)
+        self.step = 0 if attempt.saved is None else checkpoint.step_of(attempt.saved)
         is_ended_as_asked = False
         try:
-            self._train(broken)
+            if attempt.damage is not None:
+                self.step = self.saving.fall_back(DamagedCheckpointError(attempt.damage))
+            self._train(attempt.broken)
             is_ended_as_asked = True
         except PreemptedError:
             is_ended_as_asked = True
             raise
         finally:
             self._end_attempt(is_ended_as_asked=is_ended_as_asked)
-        assert self.saved is not None, "the curriculum has at least one step, and its end is saved"
-        return TrainResult(self.step, self.held_out_loss, self.saved)
+        assert self.saving.saved is not None, "the curriculum has at least one step, and its end is saved"
+        return TrainResult(self.step, self.held_out_loss, self.saving.saved)
 
     def _train(self, broken: Broken | None) -> None:
         """Do all curriculum stages that are left.
@@ -123,7 +144,13 @@ class Trainer:
             broken: what the attempt before lost, if this one is a restart.
         """
         while (curriculum_stage := curriculum_stage_at(self.config.curriculum, self.step)) is not None:
-            self._enter(curriculum_stage)
+            try:
+                self._enter(curriculum_stage)
+            except DamagedCheckpointError as error:
+                self.engine.close()
+                # Perhaps in an earlier curriculum stage.
+                self.step = self.saving.fall_back(error)
+                continue
             self._count_start(broken)
             broken = None
             if self.step == 0:
@@ -145,7 +172,7 @@ class Trainer:
             self.ledger.restart_s += restart_s
             self.ledger.lost_s += broken.lost_s
             lost = {"lost_steps": broken.lost_steps, "lost_s": broken.lost_s}
-            row = {"resumed_from": self.saved, "timing/restart_s": restart_s, "timing/build_s": build_s, **lost}
+            row = {"resumed_from": self.saving.saved, "timing/restart_s": restart_s, "timing/build_s": build_s, **lost}
             self._write("restart", self.step, row)
         # Now, so that an attempt that dies before its first commit still counts.
         self._write_ledger()
@@ -154,7 +181,7 @@ class Trainer:
         """Build the engine of a curriculum stage and fill it from the newest checkpoint, if there is one."""
         settings, config = curriculum_stage.settings, self.config
         model = self.build_model()
-        if self.saved is None:
+        if self.saving.saved is None:
             self.fill_start(model)
         self.engine = ZeroEngine(
             model,
@@ -164,13 +191,13 @@ class Trainer:
             mesh=self.mesh,
         )
         self.ema = Ema(self.engine.slices(), config.trainer.ema_decay)
-        if self.saved is not None:
-            self._load(self.saved)
+        if self.saving.saved is not None:
+            load_run(self.saving.saved, self.engine, self.ema, self.loader, self.skipped)
         self.loader.enter(curriculum_stage.index, self.step)
         stage = {"curriculum_stage": settings.name, "start": curriculum_stage.start, "stop": curriculum_stage.stop}
         self._write("stage", self.step, {**stage, "freeze": list(settings.freeze)})
         span = f"steps {self.step} to {curriculum_stage.stop}"
-        self._log("stage %s: %s, from %s", settings.name, span, self.saved or "the start")
+        self._log("stage %s: %s, from %s", settings.name, span, self.saving.saved or "the start")
 
     def _train_stage(self, curriculum_stage: CurriculumStage) -> None:
         every = self.config.trainer
@@ -180,10 +207,14 @@ class Trainer:
             if self.step == self.config.total_steps:
                 # Before the last commit: a kill between the two would leave a finished run without its figure.
                 self.held_out_loss = self._validate()
-            if self.step % every.checkpoint_every_steps == 0 or self.step == curriculum_stage.stop or self.wants_stop:
-                self._save(curriculum_stage)
+            # The next engine is built from it, or this attempt ends with it.
+            must_stand = self.step == curriculum_stage.stop or self.wants_stop
+            if must_stand or self.step % every.checkpoint_every_steps == 0:
+                self._save(curriculum_stage, must_stand=must_stand)
             if self.wants_stop and self.step < self.config.total_steps:
-                raise PreemptedError(f"asked to stop at step {self.step}; saved: {self.saved}. Submit again to go on.")
+                raise PreemptedError(
+                    f"asked to stop at step {self.step}; saved: {self.saving.saved}. Submit again to go on."
+                )
             if (
                 every.validate_every_steps
                 and self.step % every.validate_every_steps == 0
@@ -205,7 +236,12 @@ class Trainer:
                 self.engine.backward(output.loss)
                 tally.add(output.loss, output.metrics, micro_batch)
         wants_stop = self.mesh.is_main and self.should_stop()
-        sums = tally.summed(self.mesh, bad_records=self.loader.num_bad_records, wants_stop=wants_stop)
+        sums = tally.summed(
+            self.mesh,
+            bad_records=self.loader.num_bad_records,
+            wants_stop=wants_stop,
+            has_failed_save=self.saving.has_failed,
+        )
         self.wants_stop = sums.wants_stop
         # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
         norm = self.engine.step(rate) if math.isfinite(sums.loss) else None
@@ -229,6 +265,10 @@ class Trainer:
         # After the row, which says what was not finite.
         self.skipped.require_finite(step=self.step, loss=sums.loss)
         self.step += 1
+        self.saving.note_commit()
+        if sums.has_failed_save:
+            self._lap_other()
+            self.saving.settle(self.step)
 
     @torch.no_grad()
     def _validate(self) -> float | None:
@@ -255,49 +295,19 @@ class Trainer:
 
     # ---- state
 
-    def _save(self, curriculum_stage: CurriculumStage) -> None:
+    def _save(self, curriculum_stage: CurriculumStage, *, must_stand: bool) -> None:
         self._lap_other()
-        state = {
-            "curriculum_stage": {
-                "index": curriculum_stage.index,
-                "name": curriculum_stage.settings.name,
-                "start": curriculum_stage.start,
-            },
-            "loader": self.loader.state_dict(),
-            "optimizer_steps": self.engine.optimizer_steps(),
-            "ema_updates": self.ema.num_updates,
-            "skipped_steps": self.skipped.total,
-            "shapes": self.engine.shapes,
-        }
-        self.saved = checkpoint.save(
-            self.checkpoints,
+        self.saving.save(
             self.step,
-            tensors=checkpoint_tensors(self.engine, self.ema, to_load=False),
-            state=state,
-            config=self.config,
-            mesh=self.mesh,
+            lambda: checkpoint_tensors(self.engine, self.ema, to_load=False),
+            lambda: counts_to_json(curriculum_stage, self.engine, self.ema, self.loader, self.skipped),
+            must_stand=must_stand,
         )
-        if self.mesh.is_main:
-            every = self.config.trainer
-            checkpoint.prune(self.checkpoints, keep_last=every.keep_last, keep_every_steps=every.keep_every_steps)
-        elapsed = self.clock.lap()
-        self.ledger.checkpoint_s += elapsed
-        name = checkpoint.folder_name(self.step)
-        self._write("checkpoint", self.step, {"checkpoint": name, "timing/checkpoint_stall_s": elapsed})
-        self._write_ledger()
-
-    def _load(self, path: str) -> None:
-        state = checkpoint.read_state(path)
-        load_tensors(path, self.engine, self.ema)
-        self.engine.set_optimizer_steps(state["optimizer_steps"])
-        self.ema.num_updates = state["ema_updates"]
-        self.loader.load_state_dict(state["loader"])
-        self.skipped.total = state["skipped_steps"]
-        # Last, after all that could have drawn from it.
-        checkpoint.restore_random_state(path, self.mesh)
 
     def _end_attempt(self, *, is_ended_as_asked: bool) -> None:
         """Close what is open; the ledger of an attempt that breaks off stays as of its last commit."""
+        if not is_ended_as_asked:
+            self.saving.close()
         if is_ended_as_asked:
             self._lap_other()
             self._write("ledger", self.step, self.ledger.to_json())

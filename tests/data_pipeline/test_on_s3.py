@@ -22,30 +22,13 @@ from m4v_dist.errors import DataError
 from m4v_dist.frozen.video_file import encode_mp4
 from tests.data_pipeline.made_cache import MadeSource, made_row, moving_blocks
 from tests.data_pipeline.run_here import run_here
+from tests.object_store_server import object_store
 
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    # Here, not above: a GPU host that runs the gpu tests alone has no moto to collect this file with.
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "an-access-key-id",
-        "AWS_SECRET_ACCESS_KEY": "a-secret-access-key",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    filesystem = storage._s3()
-    filesystem.clear_instance_cache()
-    # moto keeps its buckets in the process, from one server to the next
-    storage._s3().mkdir(f"videos-{port}")
-    yield f"s3://videos-{port}"
-    storage._s3().clear_instance_cache()
-    server.stop()
+    with object_store(monkeypatch) as (bucket, _):
+        yield bucket
 
 
 @pytest.mark.slow

@@ -23,9 +23,9 @@ from m4v_dist.frozen.latent_normalization import LatentNormalization
 from m4v_dist.model.build import build_model
 from m4v_dist.model.checkpoint_names import to_pyramidflow_name
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
-from m4v_dist.trainer import checkpoint
 from m4v_dist.weights_file import fill_weights, sha256
 from tests.integration.small_run import make_small_cache, rows, small_values, to_toml
+from tests.trainer.made_checkpoint import made_checkpoint
 from tests.trainer.ranks import run_ranks
 
 RELEASE = "diffusion_transformer_384p"
@@ -210,11 +210,7 @@ def test_a_dry_run_of_training_names_the_start_weights_and_a_run_under_way_needs
 
 def _commit(config: RunConfig) -> None:
     """A checkpoint of step 3 as the preflight sees it."""
-    path = storage.join(config.run.folder, "checkpoints", checkpoint.folder_name(3))
-    state = {"format": checkpoint.FORMAT, "curriculum_stage": {"index": 1, "name": "video", "start": 2}}
-    storage.write_json(storage.join(path, "state.json"), state)
-    storage.write_bytes(storage.join(path, "config.json"), config_to_json(config).encode())
-    storage.write_json(storage.join(path, "COMMITTED"), {"step": 3, "size_bytes": {}})
+    made_checkpoint(config, 3, {"index": 1, "name": "video", "start": 2})
 
 
 def _stop_then_go_on(config: str, weights: str) -> int:

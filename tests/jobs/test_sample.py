@@ -24,9 +24,11 @@ from m4v_dist.frozen.video_file import encode_png, read_video
 from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.model.build import build_model
 from m4v_dist.parallel.mesh import Mesh
-from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.checkpoint_save import save
+from m4v_dist.trainer.ranges import to_ranges
 from tests.integration.small_run import make_small_cache, to_toml
 from tests.jobs.sampled_run import sample_config
+from tests.trainer.made_checkpoint import commit_by_hand
 from tests.trainer.ranks import run_ranks
 
 
@@ -40,10 +42,10 @@ def _save_job(folder: str) -> str:
     shapes = {name: list(tensor.shape) for name, tensor in average.items()}
     ranges = [(name, 0, tensor.reshape(-1)) for name, tensor in average.items()]
     broken = [(name, 0, torch.full_like(tensor, torch.nan)) for name, _, tensor in ranges]
-    tensors = checkpoint.to_ranges("ema", ranges, shapes) | checkpoint.to_ranges("weights", broken, shapes)
+    tensors = to_ranges("ema", ranges, shapes) | to_ranges("weights", broken, shapes)
     mesh = Mesh.of_process_group(use_gpu=False)
     folder = storage.join(folder, "checkpoints")
-    return checkpoint.save(folder, 5, tensors=tensors, state={"shapes": shapes}, config=config, mesh=mesh)
+    return save(folder, 5, tensors=tensors, state={"shapes": shapes}, config=config, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,7 @@ def test_moved_codec_weights_are_compared_with_the_cache(run: str, tmp_path: Pat
 
 
 def test_weights_that_do_not_fit_their_own_config_are_exit_3(run: str) -> None:
-    before = storage.read_json(f"{run}/checkpoints/step_00000005/config.json")
+    before = storage.read_json(f"{run}/checkpoints/step_00000005/attempt_0001/config.json")
     before["model"]["num_single_blocks"] = 2
     _write_again(run, "config.json", json.dumps(before).encode())
     with pytest.raises(DataError, match="differ in name or shape"):
@@ -223,10 +225,8 @@ def test_weights_that_do_not_fit_their_own_config_are_exit_3(run: str) -> None:
 def _write_again(run: str, name: str, content: bytes) -> None:
     """Write a file of the checkpoint as if it had been committed so."""
     path = f"{run}/checkpoints/step_00000005"
-    storage.write_bytes(f"{path}/{name}", content)
-    marker = storage.read_json(f"{path}/COMMITTED")
-    marker["size_bytes"][name] = len(content)
-    storage.write_json(f"{path}/COMMITTED", marker)
+    storage.write_bytes(f"{path}/attempt_0001/{name}", content)
+    commit_by_hand(path)
 
 
 def _run_command(run: str) -> int:
@@ -236,16 +236,21 @@ def _run_command(run: str) -> int:
 
 
 def test_a_committed_checkpoint_without_its_config_is_exit_3(run: str, capfd: pytest.CaptureFixture[str]) -> None:
-    Path(run, "checkpoints", "step_00000005", "config.json").unlink()
+    Path(run, "checkpoints", "step_00000005", "attempt_0001", "config.json").unlink()
     assert _run_command(run) == 3
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("sample: DataError: ") and "step_00000005/config.json: None bytes" in last
+    assert (
+        last.startswith("sample: DamagedCheckpointError: ")
+        and "step_00000005/attempt_0001/config.json: None bytes" in last
+    )
 
 
-def test_a_checkpoint_s_config_that_is_no_json_is_exit_3(run: str, capfd: pytest.CaptureFixture[str]) -> None:
-    _write_again(run, "config.json", b"{")
+def test_a_checkpoint_s_config_that_was_changed_is_exit_3(run: str, capfd: pytest.CaptureFixture[str]) -> None:
+    config = Path(run, "checkpoints", "step_00000005", "attempt_0001", "config.json")
+    config.write_bytes(config.read_bytes().replace(b"clips", b"cloud"))
     assert _run_command(run) == 3
-    assert "step_00000005/config.json: not valid JSON" in capfd.readouterr().err.splitlines()[-1]
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert "step_00000005/attempt_0001/config.json: 1 blocks" in last and "another checksum" in last
 
 
 def test_the_text_encoder_is_built_once_for_all_prompts(run: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """`jobs.train` before any worker starts: bad input ends with its code and the way out, and a dry run shows the plan."""
 
-import json
 import logging
 import re
 import shutil
@@ -14,14 +13,15 @@ import pytest
 from data_pipeline.latent_cache import CacheRecord, CacheShardWriter, LatentCache, index_path
 from data_pipeline.manifest import read_index, write_index
 from jobs import cli
-from jobs.train import check_run_folder, train
+from jobs.train import check_run_folder, require_free_run, train
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
-from m4v_dist.config.load import config_to_json, parse_config
+from m4v_dist.config.load import parse_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
-from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer import checkpoint, lease
 from tests.integration.small_run import make_small_cache, small_config, small_values, to_toml
+from tests.trainer.made_checkpoint import made_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,7 @@ def _no_worker_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def committed(config: RunConfig, step: int, stage: int, start: int) -> str:
     """A checkpoint folder as the preflight sees it."""
-    path = storage.join(config.run.folder, "checkpoints", checkpoint.folder_name(step))
-    position = {"index": stage, "name": config.curriculum[stage].name, "start": start}
-    storage.write_json(storage.join(path, "state.json"), {"format": checkpoint.FORMAT, "curriculum_stage": position})
-    storage.write_bytes(storage.join(path, "config.json"), config_to_json(config).encode())
-    storage.write_json(storage.join(path, "COMMITTED"), {"step": step, "size_bytes": {}})
-    return path
+    return made_checkpoint(config, step, {"index": stage, "name": config.curriculum[stage].name, "start": start})
 
 
 def test_a_dry_run_shows_steps_slots_tokens_and_parameters(
@@ -220,17 +215,43 @@ def test_a_finished_run_submitted_again_says_so_and_starts_nothing(cache: str, t
 
 
 def test_a_remote_run_folder_is_refused_for_now(cache: str) -> None:
-    with pytest.raises(ConfigError, match="local or mounted"):
+    with pytest.raises(ConfigError, match=r"local or mounted.*trainer.checkpoint_folder.*may be on s3://"):
         train(small_config("s3://bucket/run", cache), False)
 
 
-def test_a_damaged_checkpoint_is_named_before_any_worker_starts(cache: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_planned_with(
+    cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = small_config(str(tmp_path / "run"), cache)
-    path = committed(config, 3, 1, 2)
-    storage.write_json(f"{path}/COMMITTED", {"step": 3, "size_bytes": {"__0_0.distcp": 10}})
-    with pytest.raises(DataError, match=r"__0_0.distcp.*damaged"):
+    committed(config, 3, 1, 2)
+    config_file = Path(checkpoint.attempt_folder(committed(config, 6, 1, 2), 1)) / "config.json"
+    config_file.write_bytes(config_file.read_bytes()[:-1])
+    assert check_run_folder(config) == 3
+    assert re.search(r"step_00000006/attempt_0001/config.json: \d+ bytes.*damaged", caplog.text)
+    # a look changes nothing: training itself takes the marker away
+    assert (config_file.parent.parent / "COMMITTED").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_exit_3_and_never_begins_anew(cache: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "run"), cache)
+    state = Path(checkpoint.attempt_folder(committed(config, 3, 1, 2), 1)) / "state.json"
+    state.write_bytes(b"x" + state.read_bytes()[1:])
+    with pytest.raises(DataError, match=r"all committed checkpoints are damaged \(step_00000003"):
         train(config, False)
-    assert json.loads((Path(path) / "COMMITTED").read_text())["step"] == 3
+
+
+def test_a_run_that_another_driver_trains_is_exit_2_and_its_result_is_left_alone(
+    cache: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(str(tmp_path / "run"), cache)
+    lease.claim(config.checkpoint_folder, lease.Holder("other", "gpu-7", "", 4321), above=0, timeout_s=60.0)
+    storage.write_json(f"{tmp_path}/run/result.json", {"of": "the other"})
+    (tmp_path / "run.toml").write_text(to_toml(config.model_dump(mode="json", exclude_none=True)))
+    arguments = ["--config", str(tmp_path / "run.toml")]
+    assert cli.main("train", train, "x", arguments, preflight=require_free_run) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(r"RunInUseError: .*in use by attempt 1 of process 4321 on gpu-7, since .*lease_timeout_s=60", last)
+    assert storage.read_json(f"{tmp_path}/run/result.json") == {"of": "the other"}
 
 
 def _no_cache(cache: Path) -> None:

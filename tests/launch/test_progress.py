@@ -20,9 +20,13 @@ def test_the_bar_shows_steps_loss_and_restarts(tmp_path: Path, capfd: pytest.Cap
         _write(tmp_path, "train", 4)
         _write(tmp_path, "restart", 2)
         _write(tmp_path, "held_out", 2, **{"validation/held_out_loss": 0.5})
+        _write(tmp_path, "failed_save", 2, checkpoint="step_00000002", failures=["rank 1: disk full", "more"])
+        _write(tmp_path, "damaged_checkpoint", 1, checkpoint="step_00000002", reason="cut short")
         _write(tmp_path, "train", 2)
     shown = capfd.readouterr()
     assert "3/8" in shown.err.split("\r")[-1] and "loss=0.2500" in shown.err and "stage=video" in shown.err
+    assert "step_00000002 could not be saved: rank 1: disk full" in shown.out
+    assert "step_00000002 is damaged; going on from step 1: cut short" in shown.out
     assert "attempt 2 goes on at step 2" in shown.out and "held-out loss after 2 steps: 0.5000" in shown.out
 
 

@@ -87,7 +87,7 @@ def _ledger_row(page: str, name: str) -> str:
 
 
 def test_each_entry_of_the_ledger_stands_with_what_it_is_and_its_share(page: str) -> None:
-    assert set(figures.USES) == {field.name for field in fields(Ledger)}
+    assert set(figures.USES) == {field.name for field in fields(Ledger) if field.name.endswith("_s")}
     seconds = {"step_s": 48.0, "data_s": 1.5, "checkpoint_s": 4.0, "validation_s": 3.0, "restart_s": 12.0}
     seconds |= {"lost_s": 3.5, "build_s": 6.25, "other_s": 1.75}
     for key, use in figures.USES.items():
@@ -102,6 +102,14 @@ def test_each_entry_of_the_ledger_has_a_colour_of_its_own_that_the_page_defines(
     for role in roles:
         assert f"background: var(--plot-{role})" in page and f"fill: var(--plot-{role})" in bar
         assert f"--plot-{role}: " in page
+
+
+def test_saves_that_failed_and_checkpoints_that_were_damaged_are_said_and_only_they(run_folder: Path) -> None:
+    assert "could not be saved" not in _render(run_folder)
+    path = str(run_folder / "ledger.json")
+    storage.write_json(path, {**storage.read_json(path), "failed_saves": 2, "damaged_checkpoints": 1})
+    shown = " ".join(_render(run_folder).split())
+    assert "2 checkpoints could not be saved, and 1 committed ones were found damaged" in shown
 
 
 def test_an_entry_that_has_no_word_keeps_its_key(run_folder: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-_PRELOAD = ["torch.distributed.checkpoint", "deepspeed", "jobs.train", "transformers", "tests.trainer.toy", "pytest"]
+_PRELOAD = ["deepspeed", "jobs.train", "transformers", "tests.trainer.toy", "pytest"]
 _BASE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
 
 Ranks = Sequence[multiprocessing.process.BaseProcess]

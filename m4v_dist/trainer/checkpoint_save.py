@@ -1,0 +1,307 @@
+"""How a folder becomes a checkpoint: a snapshot of each rank's ranges, a file of each rank, the commit by rank 0.
+
+No collective among them, so that all but the snapshot may run in a thread beside training: a rank's JSON file, written
+after its data, tells rank 0 that the rank is done. `CheckpointSaver` does that; `save` does the same while all wait.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m4v_dist import storage
+from m4v_dist.config.load import config_to_json
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.retries import count_retries
+from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.block_file import FileSums, sums_of, write_file
+from m4v_dist.trainer.checkpoint import rank_file
+from m4v_dist.trainer.random_state import random_state
+from m4v_dist.trainer.ranges import BYTES_A_VALUE, Ranges
+
+logger = logging.getLogger(__name__)
+
+LONGEST_POLL_S = 1.0
+
+
+class AbandonedError(OSError):
+    """Rank 0 gave a save up because another rank failed: a consequence, and no cause."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A rank's ranges at one moment, in host memory.
+
+    Args:
+        parts: key to its (first element, length), in the order of `values`.
+        num_elements: key to the size of the whole tensor, also of those that this rank owns nothing of.
+        values: all of them, 1-d float32.
+        random: the rank's random state.
+    """
+
+    parts: Mapping[str, list[tuple[int, int]]]
+    num_elements: Mapping[str, int]
+    values: Tensor
+    random: Mapping[str, str]
+
+
+class SnapshotBuffer:
+    """Host memory for one snapshot, kept from one to the next; pinned where the ranges are on a GPU."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, Ranges]) -> Snapshot:
+        """Copy `tensors`; the snapshot before this one is overwritten.
+
+        Args:
+            tensors: keyed `<kind>/<parameter>`, the same keys on every rank; float32.
+        """
+        flat = [(key, start, values) for key, ranges in tensors.items() for start, values in ranges.parts]
+        size = sum(len(values) for _, _, values in flat)
+        has_gpu = any(values.is_cuda for _, _, values in flat)
+        if self._buffer.numel() < size or self._buffer.is_pinned() != has_gpu:
+            # Given back first: a machine may hold one snapshot and not two.
+            self._buffer = torch.empty(0)
+            self._buffer = torch.empty(size, pin_memory=has_gpu)
+        parts: dict[str, list[tuple[int, int]]] = {}
+        at = 0
+        for key, start, values in flat:
+            assert values.dtype == torch.float32, f"{key}: {values.dtype} in a checkpoint of float32"
+            self._buffer[at : at + len(values)].copy_(values, non_blocking=has_gpu)
+            parts.setdefault(key, []).append((start, len(values)))
+            at += len(values)
+        if has_gpu:
+            # Before the next step moves the weights.
+            torch.cuda.synchronize()
+        num_elements = {key: ranges.num_elements for key, ranges in tensors.items()}
+        return Snapshot(parts, num_elements, self._buffer[:size], random_state())
+
+
+@dataclass(frozen=True)
+class Save:
+    """One rank's part in one save.
+
+    Args:
+        path: the checkpoint's folder.
+        step: optimizer steps done.
+        attempt: who saves.
+        number: of this save in the attempt, the same on all ranks: what a failed one left is not taken for this one's.
+        rank, world_size: whose part it is, of how many.
+        snapshot: what is saved.
+        texts: rank 0's `state.json` and `config.json`.
+    """
+
+    path: str
+    step: int
+    attempt: int
+    number: int
+    rank: int
+    world_size: int
+    snapshot: Snapshot
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Where this attempt's files go."""
+        return checkpoint.attempt_folder(self.path, self.attempt)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What a commit says about itself: bytes of all ranks' files, and how often a store had to be asked again."""
+
+    size_bytes: int
+    num_retries: int
+
+
+def rank_zero_texts(state: Mapping[str, Any], config: RunConfig, step: int, world_size: int) -> dict[str, bytes]:
+    """Rank 0's own files as they are now, before training changes what they say."""
+    whole = {"step": step, "world_size": world_size, **state}
+    return {"state.json": storage.json_bytes(whole), "config.json": config_to_json(config).encode()}
+
+
+def write_share(save: Save) -> None:
+    """Write a rank's data, then the JSON file that says so.
+
+    Raises:
+        NoSpaceError: the disk is full.
+    """
+    snapshot = save.snapshot
+    layout = {
+        f"{key}@{start}": ((length,), torch.float32) for key, parts in snapshot.parts.items() for start, length in parts
+    }
+    header = storage.tensor_header(layout)
+    at = len(header)
+    parts_at: dict[str, list[tuple[int, int, int]]] = {}
+    for key, parts in snapshot.parts.items():
+        parts_at[key] = []
+        for start, length in parts:
+            parts_at[key].append((start, length, at))
+            at += length * BYTES_A_VALUE
+    with count_retries() as count:
+        data = snapshot.values.view(torch.uint8).numpy().data
+        sums = write_file(storage.join(save.folder, rank_file(save.rank)), [header, data])
+    share = {
+        "save": save.number,
+        "file": sums.to_json(),
+        "num_elements": dict(snapshot.num_elements),
+        "parts": parts_at,
+        "random": dict(snapshot.random),
+        "num_retries": count.num_retries,
+    }
+    storage.write_bytes(storage.join(save.folder, rank_file(save.rank, "json")), json.dumps(share).encode())
+
+
+def commit(
+    save: Save,
+    *,
+    may_commit: Callable[[], None] = lambda: None,
+    is_abandoned: Callable[[], bool] = lambda: False,
+    timeout_s: float = 3600.0,
+) -> Committed:
+    """Rank 0: wait for the files of all ranks, write the index, and mark the folder as a checkpoint.
+
+    Args:
+        save: rank 0's, whose own share is written.
+        may_commit: asked last of all; raises if another attempt has taken over.
+        is_abandoned: whether another rank has failed, so that its file will not come.
+        timeout_s: for the other ranks' files.
+
+    Raises:
+        TimeoutError: they did not come.
+        AbandonedError: they will not.
+        ValueError: the ranks' ranges do not cover each tensor exactly once.
+    """
+    shares, files = _wait_for_shares(save, is_abandoned, timeout_s)
+    index = json.dumps({"tensors": merge_index([share for share, _ in shares])}).encode()
+    with count_retries() as count:
+        for name, text in {**save.texts, "index.json": index}.items():
+            files[name] = write_file(storage.join(save.folder, name), [text])
+        marker = storage.join(save.path, checkpoint.COMMITTED)
+        may_commit()
+        text = checkpoint.marker_json(save.step, save.attempt, files)
+        if not storage.create_bytes(marker, text) and storage.read_bytes(marker) != text:
+            # Of an attempt that lost its lease and was too late to know: this one holds it.
+            logger.warning("%s: committed by another attempt too; this attempt's files take its place.", save.path)
+            storage.remove(marker)
+            storage.write_bytes(marker, text)
+    for name in storage.list_folder(save.path):
+        if name.startswith("attempt_") and storage.join(save.path, name) != save.folder:
+            storage.remove(storage.join(save.path, name))
+    storage.remove(storage.join(save.path, checkpoint.DAMAGED))
+    retries = count.num_retries + sum(share["num_retries"] for share, _ in shares)
+    return Committed(sum(sums.size_bytes for sums in files.values()), retries)
+
+
+def _wait_for_shares(
+    save: Save, is_abandoned: Callable[[], bool], timeout_s: float
+) -> tuple[list[tuple[dict[str, Any], int]], dict[str, FileSums]]:
+    """Every rank's JSON file with its rank, in rank order, and the sums of all ranks' files."""
+    found: dict[int, dict[str, Any]] = {}
+    files: dict[str, FileSums] = {}
+    deadline, pause_s = time.monotonic() + timeout_s, 0.01
+    while True:
+        there = set(storage.list_folder(save.folder))
+        for rank in range(save.world_size):
+            name = rank_file(rank, "json")
+            if rank in found or name not in there:
+                continue
+            text = storage.read_bytes(storage.join(save.folder, name))
+            share = json.loads(text)
+            # Else it was left by a save of this attempt that failed.
+            if share["save"] == save.number:
+                found[rank] = share
+                files[rank_file(rank)] = FileSums.from_json(share["file"])
+                files[name] = sums_of([text])
+        if len(found) == save.world_size:
+            return [(found[rank], rank) for rank in range(save.world_size)], files
+        missing = sorted(set(range(save.world_size)) - set(found))
+        if is_abandoned():
+            raise AbandonedError(f"{save.path}: given up, since another rank failed to write its file.")
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"{save.path}: ranks {missing[:8]} ({len(missing)} of {save.world_size}) did not write their files in "
+                f"{timeout_s:.0f} s (trainer.save_timeout_s)."
+            )
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_POLL_S)
+
+
+def merge_index(shares: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ranges of all ranks by key, in order.
+
+    Args:
+        shares: `num_elements` and `parts` of each rank, in rank order.
+
+    Raises:
+        ValueError: they do not cover each tensor exactly once.
+    """
+    sizes: dict[str, int] = shares[0]["num_elements"]
+    index: dict[str, Any] = {}
+    different = [rank for rank, share in enumerate(shares) if share["num_elements"] != sizes]
+    if different:
+        raise ValueError(f"ranks {different[:8]} save other tensors than rank 0.")
+    for key, size in sizes.items():
+        parts = [
+            (start, length, rank, at)
+            for rank, share in enumerate(shares)
+            for start, length, at in share["parts"].get(key, ())
+            if length
+        ]
+        parts.sort()
+        end = 0
+        for start, length, rank, _ in parts:
+            if start != end:
+                raise ValueError(f"{key}: rank {rank} holds elements from {start}, the ranks before it up to {end}.")
+            end = start + length
+        if end != size:
+            raise ValueError(f"{key}: the ranks hold {end} of {size} elements.")
+        index[key] = {"num_elements": size, "parts": parts}
+    return index
+
+
+def discard(save: Save) -> None:
+    """Remove what a failed save left of this attempt; of a folder that holds nothing else, the folder too."""
+    storage.remove(save.folder)
+    if not storage.list_folder(save.path):
+        storage.remove(save.path)
+
+
+def save(
+    folder: str,
+    step: int,
+    *,
+    tensors: Mapping[str, Ranges],
+    state: Mapping[str, Any],
+    config: RunConfig,
+    mesh: Mesh,
+    attempt: int = 1,
+) -> str:
+    """Write the checkpoint of `step` and commit it, while everybody waits (collective); return its path.
+
+    Args:
+        folder: the run's checkpoint folder.
+        step: optimizer steps done.
+        tensors: keyed `<kind>/<parameter>`, the same keys on every rank.
+        state: JSON; rank 0's counts.
+        config: resolved config.
+        mesh: rank facts.
+        attempt: who saves.
+    """
+    path = storage.join(folder, checkpoint.folder_name(step))
+    texts = rank_zero_texts(state, config, step, mesh.world_size) if mesh.is_main else {}
+    snapshot = SnapshotBuffer().take(tensors)
+    mine = Save(path, step, attempt, 1, mesh.rank, mesh.world_size, snapshot, texts)
+    write_share(mine)
+    if mesh.is_main:
+        commit(mine)
+    mesh.barrier()
+    return path

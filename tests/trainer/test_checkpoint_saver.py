@@ -1,0 +1,196 @@
+"""Saves beside training, in one process: what the loop waits for, what may fail, and what stands after a kill."""
+
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from m4v_dist import storage
+from m4v_dist.config.schema import RunConfig
+from m4v_dist.errors import RunInUseError
+from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.checkpoint_save import Save, SnapshotBuffer, commit, write_share
+from m4v_dist.trainer.checkpoint_saver import CheckpointSaver
+from m4v_dist.trainer.ranges import Ranges
+from tests.object_store_server import object_store
+from tests.trainer.ranks import run_ranks
+from tests.trainer.toy import toy_config
+
+STATE = {"shapes": {"a": [4]}}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Mesh.of_process_group(use_gpu=False)
+    dist.destroy_process_group()
+
+
+def _tensors(values: torch.Tensor) -> dict[str, Ranges]:
+    return {"weights/a": Ranges(4, ((0, values),))}
+
+
+def _saver(config: RunConfig, mesh: Mesh, may_commit: Callable[[], None] = lambda: None) -> CheckpointSaver:
+    return CheckpointSaver(config, mesh, 1, may_commit)
+
+
+def test_the_snapshot_is_what_stands_however_the_weights_move_on(mesh: Mesh, tmp_path: Path) -> None:
+    config = toy_config(str(tmp_path), keep_last=2)
+    saver, values = _saver(config, mesh), torch.arange(4.0)
+    assert saver.settle() is None
+    for step in (1, 2, 3):
+        called: list[int] = []
+        saver.begin(step, _tensors(values), STATE, lambda called=called, step=step: called.append(step))
+        values += 10
+        settled = saver.settle()
+        assert settled is not None and settled.failures == () and called == [step]
+        assert checkpoint.load_weights(settled.path)["a"].tolist() == [10.0 * (step - 1) + n for n in range(4)]
+        report = saver.take_report()
+        assert report is not None and report.step == step and saver.take_report() is None
+    assert checkpoint.list_committed(config.checkpoint_folder) == ["step_00000002", "step_00000003"]
+
+
+def test_a_store_that_is_down_keeps_the_writer_and_not_the_loop(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with object_store(monkeypatch) as (bucket, outage):
+        config = toy_config(str(tmp_path), checkpoint_folder=f"{bucket}/run")
+        saver = _saver(config, mesh)
+        outage.is_down = True
+        saver.begin(3, _tensors(torch.ones(4)), STATE)
+        begun = time.monotonic()
+        while "trying again" not in caplog.text:
+            assert time.monotonic() < begun + 30, "the writer does not ask again"
+            time.sleep(0.01)
+        assert not saver.has_failed and saver.take_report() is None
+        outage.is_down = False
+        settled, report = saver.settle(), saver.take_report()
+        assert settled is not None and settled.failures == ()
+        assert report is not None and report.committed.num_retries > 0
+        assert checkpoint.newest_committed(config.checkpoint_folder) == settled.path == f"{bucket}/run/step_00000003"
+        assert checkpoint.load_weights(settled.path)["a"].tolist() == [1.0] * 4
+        checkpoint.condemn(settled.path, "made up")
+        assert checkpoint.newest_committed(config.checkpoint_folder) is None
+
+
+@contextmanager
+def _full_disk(size_bytes: int) -> Iterator[None]:
+    """No file may grow past a size: what the system says then, it says of a full disk too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_fails_the_save_leaves_nothing_of_it_and_the_next_one_stands(mesh: Mesh, tmp_path: Path) -> None:
+    config = toy_config(str(tmp_path))
+    saver = _saver(config, mesh)
+    saver.begin(1, _tensors(torch.ones(4)), STATE)
+    saver.settle()
+    with _full_disk(64):
+        saver.begin(2, _tensors(torch.ones(4)), STATE)
+        settled = saver.settle()
+    assert settled is not None
+    (failure,) = settled.failures
+    assert "rank_00000.safetensors" in failure and "bytes are needed" in failure and "are free" in failure
+    assert checkpoint.list_committed(config.checkpoint_folder) == ["step_00000001"]
+    assert not storage.exists(settled.path), "the half-written folder goes"
+    saver.begin(3, _tensors(torch.ones(4)), STATE)
+    assert saver.settle() == type(settled)(settled.path.replace("02", "03"), ())
+
+
+def test_an_overtaken_attempt_ends_without_a_commit(mesh: Mesh, tmp_path: Path) -> None:
+    def overtaken() -> None:
+        raise RunInUseError("attempt 1 has lost its lease")
+
+    config = toy_config(str(tmp_path))
+    saver = _saver(config, mesh, overtaken)
+    saver.begin(1, _tensors(torch.ones(4)), STATE)
+    with pytest.raises(RunInUseError, match="has lost its lease"):
+        saver.settle()
+    assert checkpoint.list_committed(config.checkpoint_folder) == []
+
+
+def test_a_fault_of_the_program_in_the_thread_is_raised_and_is_no_failed_save(mesh: Mesh, tmp_path: Path) -> None:
+    saver = _saver(toy_config(str(tmp_path)), mesh)
+    saver.begin(1, {"weights/a": Ranges(5, ((0, torch.ones(4)),))}, STATE)
+    with pytest.raises(RuntimeError, match=r"rank 0, saving .*step_00000001: ValueError: .*hold 4 of 5 elements"):
+        saver.settle()
+
+
+def test_trouble_after_the_commit_is_told_and_the_checkpoint_stands(mesh: Mesh, tmp_path: Path) -> None:
+    saver = _saver(toy_config(str(tmp_path)), mesh)
+
+    def no_ledger() -> None:
+        raise OSError("ledger.json: stale file handle")
+
+    saver.begin(1, _tensors(torch.ones(4)), STATE, no_ledger)
+    settled, report = saver.settle(), saver.take_report()
+    assert settled is not None and settled.failures == () and checkpoint.is_committed(settled.path)
+    assert report is not None and report.tidy_error == "OSError: ledger.json: stale file handle"
+
+
+# ---- kills
+
+
+def _die(*_: Any, **__: Any) -> None:
+    os._exit(9)
+
+
+def _remove_markers_alone(remove: Callable[[str], None], path: str) -> None:
+    remove(path) if path.endswith("COMMITTED") else _die()
+
+
+def _kill_job(folder: str) -> None:
+    """Each rank, for itself, dies at another point of a save, in a folder of its own where step 1 stands."""
+    point = dist.get_rank()
+    folder = f"{folder}/{point}"
+    for step in (1, 2, 3):
+        snapshot = SnapshotBuffer().take(_tensors(torch.full((4,), float(step))))
+        texts = {"state.json": storage.json_bytes(STATE), "config.json": b"{}"}
+        mine = Save(f"{folder}/{checkpoint.folder_name(step)}", step, 1, step, 0, 1, snapshot, texts)
+        if step == 3 and point == 0:
+            # In the middle of a file, under its temporary name.
+            os.fsync = _die
+        write_share(mine)
+        if step == 3 and point == 1:
+            # All files stand; the marker is what is written next.
+            storage.create_bytes = _die  # type: ignore[assignment]
+        commit(mine, timeout_s=0)
+        if step == 3 and point == 2:
+            # A prune takes the markers first: of the first folder it is gone, and the rest is there.
+            storage.remove = partial(_remove_markers_alone, storage.remove)
+        if step == 3:
+            checkpoint.prune(folder, keep_last=1, keep_every_steps=0)
+
+
+def test_a_kill_at_any_point_leaves_the_newest_commit_in_force(tmp_path: Path) -> None:
+    assert run_ranks(_kill_job, 3, str(tmp_path), watch=lambda _: None) == [None, None, None]
+    assert [path.name[:23] for path in Path(tmp_path, "0", "step_00000003", "attempt_0001").iterdir()] == [
+        "rank_00000.safetensors."
+    ], "the kill fell into the write"
+    assert Path(tmp_path, "1", "step_00000003", "attempt_0001", "index.json").exists()
+    assert [checkpoint.list_committed(f"{tmp_path}/{point}") for point in range(3)] == [
+        ["step_00000001", "step_00000002"],
+        ["step_00000001", "step_00000002"],
+        ["step_00000002", "step_00000003"],
+    ]
+    assert Path(tmp_path, "2", "step_00000001", "attempt_0001").exists(), "the kill fell into the prune"
+    for point, step in enumerate((2, 2, 3)):
+        newest = checkpoint.newest_sound(f"{tmp_path}/{point}")
+        assert newest is not None and checkpoint.load_weights(newest)["a"].tolist() == [float(step)] * 4
+    # The next commit's prune removes what the cut off one left.
+    checkpoint.prune(f"{tmp_path}/2", keep_last=1, keep_every_steps=0)
+    assert storage.list_folder(f"{tmp_path}/2") == ["step_00000003"]
