@@ -38,15 +38,18 @@ class WarmStartSettings(Settings):
     )
     weights: str | None = Field(
         default=None,
-        description="The model's start weights, a local safetensors file that import_checkpoint writes and training "
+        description="The model's start weights, a local .safetensors file that import_checkpoint writes and training "
         "begins with; with a source, None is <run.folder>/warm_start/weights.safetensors.",
     )
 
     @field_validator("weights")
     @classmethod
-    def _weights_are_local(cls, value: str | None) -> str | None:
+    def _weights_are_a_local_file(cls, value: str | None) -> str | None:
         if value is not None and value.startswith("s3://"):
             raise ValueError(f"weights={value!r} is not local; give a local or mounted file, as for run.folder")
+        # Readers go by the ending.
+        if value is not None and not value.endswith(".safetensors"):
+            raise ValueError(f"weights={value!r} is written as safetensors; give a name that ends in .safetensors")
         return value
 
 
