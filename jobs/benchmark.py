@@ -176,6 +176,12 @@ def parse_subject(argv: Sequence[str]) -> tuple[str, list[str]]:
         epilog="After the subject: --config FILE [--dry-run] [section.key=value ...]",
     )
     parser.add_argument("subject", choices=SUBJECTS, help="comes first")
+    late = next((word for word in argv[1:] if word in SUBJECTS), None)
+    if late is not None and argv[0] not in SUBJECTS:
+        parser.error(
+            f"the subject comes first, before {argv[0]}: python -m jobs.benchmark {late} --config FILE (subjects: "
+            f"{', '.join(SUBJECTS)})"
+        )
     # Only the first word is the subject: an option before it is the user's slip, and the message names the subjects.
     return parser.parse_args(argv[:1]).subject, list(argv[1:])
 

@@ -66,8 +66,8 @@ class SamplingSettings(Settings):
         description="What guidance leans away from, in all latents; empty is the prompt that training drops text for.",
     )
     num_latents: PositiveInt = Field(default=8, description="Length in latents; frames = 8 (n - 1) + 1.")
-    height_px: int = Field(default=128, gt=0, multiple_of=16, description="Height of the video.")
-    width_px: int = Field(default=128, gt=0, multiple_of=16, description="Width of the video.")
+    height_px: int = Field(default=128, gt=0, description="Height of the video; `validate.py` says of what a multiple.")
+    width_px: int = Field(default=128, gt=0, description="Width of the video; as the height.")
     fps: float = Field(default=24.0, gt=0, description="Frames per second of the file.")
     first_unit_steps: tuple[PositiveInt, ...] = Field(
         default=(20, 20, 20), description="Per pyramid stage, first latent."

@@ -69,6 +69,13 @@ def test_an_unknown_or_missing_subject_is_exit_2_and_names_the_known(
     assert all(subject in err for subject in benchmark.SUBJECTS)
 
 
+def test_a_subject_that_does_not_come_first_is_told_so(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--config", DEMO, "flops"])
+    err = capfd.readouterr().err
+    assert "the subject comes first, before --config: python -m jobs.benchmark flops --config FILE" in err
+
+
 def test_a_wrong_key_is_exit_2(capfd: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["flops", "--config", DEMO, "model.mixr=ssm"]) == 2
     assert "model.mixer" in capfd.readouterr().err
