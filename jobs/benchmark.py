@@ -31,6 +31,7 @@ from m4v_dist.bench.ablation import (
     ablation_folder,
     ablation_page,
     ablation_panels,
+    earlier_results,
     rows_to_train,
     run_config,
     run_of_rows,
@@ -91,9 +92,11 @@ def ablation(config: RunConfig, dry_run: bool) -> str:
     for _, made in planned[: len(rows)]:
         check_data(made).close()
     what = f"{len(planned)} runs of {config.benchmark.num_steps} steps: {', '.join(rows)}"
+    earlier = earlier_results(config, [os.path.basename(made.run.folder) for _, made in planned])
+    plan = f"{what}, in {ablation_folder(config)}{earlier and f', {earlier}'}"
     if dry_run:
-        return f"dry run: would train {what}, in {ablation_folder(config)}"
-    logger.info("training %s", what)
+        return f"dry run: would train {plan}"
+    logger.info("training %s", plan)
     done: list[AblationRun] = []
     with _process_group_of_one(use_gpu=config.launch.use_gpu):
         for row, made in planned:
