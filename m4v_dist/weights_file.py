@@ -182,7 +182,9 @@ def _state_layout(state: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
     }
 
 
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, struct.error)
+UNREADABLE = (
+    RuntimeError, pickle.UnpicklingError, EOFError, AssertionError, LookupError, ValueError, TypeError, struct.error,
+)  # fmt: skip
 """What torch's reader raises: no archive, or a cut one; more than tensors; empty; the others where it takes any bytes
 for a pickle of old."""
 
