@@ -166,7 +166,9 @@ class LatentCache:
         """
         manifest = read_manifest(path)
         if manifest is None:
-            raise DataError(f"{path}: no finished latent cache (no {MANIFEST}); run jobs.precompute_latents first.")
+            raise DataError(
+                f"{storage.shown(path)}: no finished latent cache (no {MANIFEST}); run jobs.precompute_latents first."
+            )
         if manifest.get("format_version") != FORMAT_VERSION:
             raise DataError(
                 f"{path}: cache format_version is {manifest.get('format_version')}, this code reads {FORMAT_VERSION}; "

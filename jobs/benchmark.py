@@ -31,6 +31,7 @@ from m4v_dist.bench.ablation import (
     ablation_folder,
     ablation_page,
     ablation_panels,
+    earlier_results,
     rows_to_train,
     run_config,
     run_of_rows,
@@ -91,9 +92,11 @@ def ablation(config: RunConfig, dry_run: bool) -> str:
     for _, made in planned[: len(rows)]:
         check_data(made)
     what = f"{len(planned)} runs of {config.benchmark.num_steps} steps: {', '.join(rows)}"
+    earlier = earlier_results(config, [os.path.basename(made.run.folder) for _, made in planned])
+    plan = f"{what}, in {ablation_folder(config)}{earlier and f', {earlier}'}"
     if dry_run:
-        return f"dry run: would train {what}, in {ablation_folder(config)}"
-    logger.info("training %s", what)
+        return f"dry run: would train {plan}"
+    logger.info("training %s", plan)
     done: list[AblationRun] = []
     with _process_group_of_one(use_gpu=config.launch.use_gpu):
         for row, made in planned:
@@ -176,6 +179,12 @@ def parse_subject(argv: Sequence[str]) -> tuple[str, list[str]]:
         epilog="After the subject: --config FILE [--dry-run] [section.key=value ...]",
     )
     parser.add_argument("subject", choices=SUBJECTS, help="comes first")
+    late = next((word for word in argv[1:] if word in SUBJECTS), None)
+    if late is not None and argv[0] not in SUBJECTS:
+        parser.error(
+            f"the subject comes first, before {argv[0]}: python -m jobs.benchmark {late} --config FILE (subjects: "
+            f"{', '.join(SUBJECTS)})"
+        )
     # Only the first word is the subject: an option before it is the user's slip, and the message names the subjects.
     return parser.parse_args(argv[:1]).subject, list(argv[1:])
 

@@ -233,13 +233,20 @@ def require_own_folder(folder: str) -> None:
     """
     if os.path.islink(folder.rstrip("/")) or (os.path.exists(folder) and not os.path.isdir(folder)):
         raise ConfigError(f"run.folder={folder} is a link or a file; the demo removes its folder, so give a plain one.")
-    # A verb that was refused leaves its reason and nothing else: no work of anybody's is lost with that.
-    there = [name for name in storage.list_folder(folder) if name != "result.json"]
+    # A verb that was refused leaves its reason, or empty folders: no work of anybody's is lost with that.
+    there = [
+        name for name in storage.list_folder(folder) if name != "result.json" and not _holds_nothing(Path(folder, name))
+    ]
     if there and MARKER not in there:
         raise ConfigError(
             f"run.folder={folder} is not empty ({', '.join(there[:3])}) and was not made by the demo (no {MARKER} in "
             "it). The demo removes its folder before it starts: remove it yourself, or give another."
         )
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Whether a path is a folder with nothing in it but such folders; a link is something."""
+    return all(entry.is_dir() and not entry.is_symlink() for entry in (path, *path.rglob("*")))
 
 
 def check_config(config: RunConfig) -> None:

@@ -30,8 +30,8 @@ def import_checkpoint(config: RunConfig, dry_run: bool) -> str:
     """Plan, report, and write the start weights.
 
     Raises:
-        ConfigError: no source is named, or nothing is there, or its config.json is of another model than the config's;
-            or the output cannot be written.
+        ConfigError: no source is named, or nothing is there, or its config.json or its sizes are of another model than
+            the config's; or the output cannot be written.
         DataError: the checkpoint is damaged, or not that of this model with attention in every unified block.
     """
     source, weights = config.warm_start.source, config.start_weights
@@ -50,7 +50,10 @@ def import_checkpoint(config: RunConfig, dry_run: bool) -> str:
     reports = report_parameters(on_meta, plan)
     logger.info("start weights from %s\n%s", ", ".join(reader.files), report_table(reports, plan))
     if dry_run:
-        return f"dry run: would write {weights}, {summary(reports)}; nothing was written"
+        return (
+            f"dry run: would write {weights}, {summary(reports)}; names and shapes checked, values not read, nothing "
+            "was written"
+        )
     folder = os.path.dirname(weights)
     cli.check_writable(folder or ".", setting="warm_start.weights")
     model = build_model(config.model, config.kernels, seed=config.run.seed)

@@ -3,6 +3,7 @@
 import logging
 import sys
 
+from data_pipeline.manifest import list_shards
 from data_pipeline.pipeline import run_precompute
 from data_pipeline.precompute_plan import PrecomputePlan, describe_plan
 from jobs.cli import check_writable, main
@@ -18,6 +19,9 @@ def precompute_latents(config: RunConfig, dry_run: bool) -> str:
     if dry_run:
         logger.info("plan\n%s", describe_plan(plan))
         return "dry run: the plan above can be done; nothing was written"
+    # Before the probe, which makes the cache's folder: in a fresh clone the shards are what is missing.
+    for source in config.sources:
+        list_shards(source.shards)
     check_writable(config.precompute.cache, "precompute.cache")
     result = run_precompute(plan, lambda: ray_session(config.launch, has_workers=False))
     report = result.report

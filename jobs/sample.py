@@ -17,9 +17,10 @@ from jobs import cli
 from jobs.sampled_weights import choose_weights, load_model, require_start_weights
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures, derive_seed
+from m4v_dist.config.explain import shown
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
-from m4v_dist.frozen.text_encoder import TextEncoder, build_text_encoder
+from m4v_dist.frozen.text_encoder import build_text_encoder, token_counter
 from m4v_dist.frozen.video_file import MediaError, centre_crop, decode_image, resize_cover, write_mp4
 from m4v_dist.frozen.video_vae import Codec, build_codec, frames_from_uint8, frames_to_uint8
 from m4v_dist.model.build import require_text_widths
@@ -48,6 +49,14 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     device = choose_device(config)
     path = choose_weights(config, codec)
     first_frame = read_first_frame(config)
+    _require_short_prompts(config)
+    twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+    if twice:
+        logger.warning(
+            "sampling.prompts: %s more than once: their videos will be equal, since the noise is drawn from "
+            "sampling.seed and the prompt",
+            ", ".join(map(shown, twice)),
+        )
     if dry_run:
         beginning = "" if first_frame is None else f", each beginning with {config.sampling.first_frame}"
         return (
@@ -57,7 +66,6 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     # As in training: on a busy machine more threads than free cores wait for one another.
     torch.set_num_threads(config.trainer.num_threads)
     text_encoder = build_text_encoder(config.text_encoder, str(device))
-    _require_short_prompts(config, text_encoder)
     full_prompts = [prompt + config.sampling.prompt_suffix for prompt in prompts]
     *texts, null_text = text_encoder.encode([*full_prompts, config.sampling.negative_prompt])
     require_text_widths(config.model, null_text, f"the text of encoder {text_encoder.name}")
@@ -105,18 +113,19 @@ def require_something_to_sample(config: RunConfig) -> None:
         cli.require_run_folder(config)
 
 
-def _require_short_prompts(config: RunConfig, text_encoder: TextEncoder) -> None:
+def _require_short_prompts(config: RunConfig) -> None:
     """Refuse prompts that the encoder would cut: their videos would be of another text than samples.json says.
 
     Raises:
-        ConfigError: with each prompt that is too long, its tokens and the limit.
+        ConfigError: with each prompt that is too long, its tokens and the limit; or the tokenizer is not there.
     """
+    count_tokens = token_counter(config.text_encoder)
     limit, sampling = config.text_encoder.max_tokens, config.sampling
     setting = "sampling.prompts with sampling.prompt_suffix" if sampling.prompt_suffix else "sampling.prompts"
     texts = [(setting, prompt + sampling.prompt_suffix) for prompt in sampling.prompts]
     texts.append(("sampling.negative_prompt", sampling.negative_prompt))
-    counts = [(setting, text, text_encoder.count_tokens(text)) for setting, text in texts]
-    too_long = [f"{setting}: {text!r} has {count}" for setting, text, count in counts if count > limit]
+    counts = [(setting, text, count_tokens(text)) for setting, text in texts]
+    too_long = [f"{setting}: {shown(text)} has {count}" for setting, text, count in counts if count > limit]
     if too_long:
         raise ConfigError(
             f"sampling: at most {limit} tokens (text_encoder.max_tokens, markers counted) are read, but "
@@ -141,8 +150,8 @@ def read_first_frame(config: RunConfig) -> Tensor | None:
         picture = decode_image(storage.read_bytes(path))
     except OSError as error:
         raise ConfigError(
-            f"sampling.first_frame={path}: cannot be read ({error.strerror or error}); name a picture, or leave it out "
-            "to sample from the prompt alone."
+            f"sampling.first_frame={storage.shown(path)}: cannot be read ({error.strerror or error}); name a picture, "
+            "or leave it out to sample from the prompt alone."
         ) from error
     except MediaError as error:
         raise DataError(f"sampling.first_frame={path}: {error}; give a picture, such as a JPEG or PNG.") from error

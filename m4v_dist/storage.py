@@ -46,6 +46,18 @@ def exists(path: str) -> bool:
     return os.path.exists(path)
 
 
+def is_file(path: str) -> bool:
+    """Whether a file, and no folder, stands at `path`."""
+    if is_remote(path):
+        return ask(path, lambda filesystem: bool(filesystem.isfile(path)))
+    return os.path.isfile(path)
+
+
+def shown(path: str) -> str:
+    """The path for a message: behind a relative one stands where it leads from here."""
+    return path if is_remote(path) or os.path.isabs(path) else f"{path} ({os.path.abspath(path)})"
+
+
 def size_bytes(path: str) -> int:
     """Size of the file at `path`, in bytes."""
     if is_remote(path):

@@ -5,7 +5,10 @@ runs no code). Local or s3://. Weights are handed out in float32: float32, bfloa
 """
 
 import hashlib
+import logging
 import pickle
+import re
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +20,14 @@ from torch import Tensor, nn
 from m4v_dist import storage
 from m4v_dist.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 SAFETENSORS = (".safetensors",)
 PICKLES = (".bin", ".pt", ".pth")
 DTYPES = ("float32", "bfloat16", "float16")
 """What weights may be stored in."""
+WRAPPERS = ("module", "model", "state_dict")
+"""Keys under which trainers save a state dict beside other things; DeepSpeed's is the first."""
 _NUM_NAMED = 5
 _HASH_BLOCK_BYTES = 1 << 24
 
@@ -97,8 +104,19 @@ def fill_weights(module: nn.Module, path: str) -> None:
         tensor.copy_(file.read(name))
 
 
-def require_layout(path: str, found: Mapping[str, TensorLayout], wanted: Mapping[str, Tensor]) -> None:
+def require_layout(
+    path: str,
+    found: Mapping[str, TensorLayout],
+    wanted: Mapping[str, Tensor],
+    way_out: str = "Take the released file, and the config that belongs to it.",
+) -> None:
     """Compare a file's layout with a state dict's; equal names and shapes, and dtypes that fit in float32.
+
+    Args:
+        path: the file, for the message.
+        found: its layout.
+        wanted: by name; may be on the meta device.
+        way_out: a sentence that ends the message.
 
     Raises:
         DataError: with what is missing, extra, or of another shape or dtype (both values each).
@@ -126,7 +144,7 @@ def require_layout(path: str, found: Mapping[str, TensorLayout], wanted: Mapping
     if problems:
         raise DataError(
             f"{path}: these are not the weights of this network ({len(found)} tensors, wanted {len(wanted)}): "
-            f"{'; '.join(problems)}. Take the released file, and the config that belongs to it."
+            f"{'; '.join(problems)}. {way_out}"
         )
 
 
@@ -164,8 +182,39 @@ def _state_layout(state: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
     }
 
 
+UNREADABLE = (
+    RuntimeError, pickle.UnpicklingError, EOFError, AssertionError, LookupError, ValueError, TypeError, struct.error,
+)  # fmt: skip
+"""What torch's reader raises: no archive, or a cut one; more than tensors; empty; the others where it takes any bytes
+for a pickle of old."""
+
+
+def _why_unreadable(error: BaseException) -> str:
+    """Our own words: torch's advise to run the file's code, and colour their text."""
+    refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    if refused is not None:
+        return f"it holds objects that are not tensors ({refused[1]})"
+    return f"it is no file of torch.save's, or a damaged one ({type(error).__name__})"
+
+
+def _unwrapped(path: str, held: Any) -> Any:
+    """What torch.save was given, or the one state dict that stands in it under a trainer's key, said aloud."""
+    if not isinstance(held, dict) or _is_state(held):
+        return held
+    keys = [key for key in WRAPPERS if _is_state(held.get(key))]
+    if len(keys) != 1:
+        return held
+    aside = sorted(str(key) for key in held if key != keys[0])
+    logger.info("%s: taking the state dict under %r; left aside: %s", path, keys[0], ", ".join(aside) or "nothing")
+    return held[keys[0]]
+
+
+def _is_state(held: Any) -> bool:
+    return isinstance(held, dict) and bool(held) and all(isinstance(value, Tensor) for value in held.values())
+
+
 def unpickle(path: str, device: str, *, is_mapped: bool = False) -> dict[str, Tensor]:
-    """Read a state dict that torch.save wrote; it runs no code.
+    """Read a state dict that torch.save wrote, alone or under one of `WRAPPERS` at the top level; it runs no code.
 
     Args:
         path: a `.bin`, `.pt` or `.pth` file, local or s3://.
@@ -182,13 +231,12 @@ def unpickle(path: str, device: str, *, is_mapped: bool = False) -> dict[str, Te
     with storage.open_read(path) as file:
         try:
             state: Any = torch.load(path if can_map else file, map_location=device, mmap=can_map, weights_only=True)
-        # RuntimeError: no archive, or a cut one; UnpicklingError: holds more than tensors; EOFError: empty
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        except UNREADABLE as error:
             raise DataError(
-                f"{path}: torch.load(weights_only=True) cannot read it ({reason}); it is damaged or holds more than "
-                "tensors: fetch it again, or save its state dict alone."
+                f"{path}: torch.load(weights_only=True) cannot read it: {_why_unreadable(error)}; fetch it again, or "
+                "save its state dict alone."
             ) from error
+    state = _unwrapped(path, state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         held = f"keys {sorted(map(str, state))[:_NUM_NAMED]}" if isinstance(state, dict) else type(state).__name__
         raise DataError(f"{path}: holds no state dict of tensors but {held}; save the state dict alone.")

@@ -1,5 +1,6 @@
 """Weights are loaded strictly: names, shapes and dtypes are compared, and a damaged file is named."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -94,14 +95,45 @@ def test_a_header_that_is_no_header_is_refused(tmp_path: Path) -> None:
 def test_a_file_of_more_than_tensors_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     torch.save(linear(), path)
-    with pytest.raises(DataError, match=r"weights_only=True\) cannot read it.*save its state dict alone"):
+    with pytest.raises(DataError, match=r"weights_only=True\) cannot read it.*save its state dict alone") as raised:
         read_layout(str(path))
-    torch.save({"model": tensors()}, path)
-    with pytest.raises(DataError, match=r"no state dict of tensors but keys \['model'\]"):
+    # Ours, not torch's, which advise to run the file's code.
+    assert "it holds objects that are not tensors (torch.nn.modules.linear.Linear)" in str(raised.value)
+    assert "\x1b" not in str(raised.value) and "weights_only=False" not in str(raised.value)
+    torch.save({"ema": tensors()}, path)
+    with pytest.raises(DataError, match=r"no state dict of tensors but keys \['ema'\]"):
         read_layout(str(path))
     torch.save(torch.ones(2), path)
     with pytest.raises(DataError, match="no state dict of tensors but Tensor"):
         read_layout(str(path))
+
+
+@pytest.mark.parametrize("text", [b"hello there", b"<html>" * 50, b"\x80\x02}q\x00.", b"PK\x03\x04", b"}", b"("])
+def test_what_torch_save_never_wrote_is_refused(text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(text)
+    with pytest.raises(DataError, match=r"weights.pth: torch.load.* cannot read it: it is no file of torch.save's"):
+        read_layout(str(path))
+
+
+@pytest.mark.parametrize("key", ["module", "model", "state_dict"])
+def test_a_state_dict_under_a_trainer_s_key_is_taken_and_said(
+    key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, values = str(tmp_path / "weights.pt"), tensors()
+    torch.save({key: values, "optimizer": {"lr": 1.0}, "step": 3}, path)
+    module = linear()
+    with caplog.at_level(logging.INFO):
+        load_weights(module, path)
+    assert torch.equal(module.weight, values["weight"])
+    assert f"weights.pt: taking the state dict under '{key}'; left aside: optimizer, step" in caplog.text
+
+
+def test_of_two_state_dicts_in_a_file_none_is_taken(tmp_path: Path) -> None:
+    path = str(tmp_path / "weights.pt")
+    torch.save({"model": tensors(), "module": tensors()}, path)
+    with pytest.raises(DataError, match=r"no state dict of tensors but keys \['model', 'module'\]"):
+        read_layout(path)
 
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:

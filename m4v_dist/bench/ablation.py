@@ -66,6 +66,21 @@ def ablation_folder(config: RunConfig) -> str:
     return storage.join(config.run.folder, "benchmark", "ablation")
 
 
+def earlier_results(config: RunConfig, planned: Sequence[str]) -> str:
+    """What becomes of what an earlier benchmark left; empty where there is nothing.
+
+    Args:
+        config: of the benchmark.
+        planned: names of the run folders that are to be made.
+    """
+    there = storage.list_folder(ablation_folder(config))
+    replaced = [name for name in there if name in planned or name.startswith("ablation.")]
+    kept = [name for name in there if name not in replaced]
+    words = [f"replacing {', '.join(replaced)} of an earlier benchmark"] if replaced else []
+    words += [f"keeping {', '.join(kept)}, which the new page does not show"] if kept else []
+    return ", ".join(words)
+
+
 def run_config(config: RunConfig, row: str, seed: int) -> RunConfig:
     """The config of one run: the row's model from its start weights, on the last curriculum stage, one rank.
 

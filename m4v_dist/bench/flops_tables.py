@@ -85,7 +85,7 @@ def flops_report(config: RunConfig) -> str:
         (f"One forward by part ({_sampled(config)}, last unit)", parts_table(config)),
         ("Training", training_table(config)),
         (f"One generated clip ({_sampled(config)})", clip_table(config)),
-        ("Parameters by part", parameters_table()),
+        ("Parameters by part", parameters_table(config)),
     )
     return "\n\n".join(f"## {title}\n\n{body}" for title, body in sections)
 
@@ -203,8 +203,8 @@ def clip_table(config: RunConfig) -> str:
     return f"{table(heads, rows)}\n\n{note}"
 
 
-def parameters_table() -> str:
-    """Parameters by part of every preset, and of the largest with the other mixers."""
+def parameters_table(config: RunConfig) -> str:
+    """Parameters by part of the config's model, of every preset, and of the largest with the other mixers."""
     largest = "m4v_2b"
     chosen: dict[str, dict[str, Any]] = {
         **{name: {"preset": name} for name in MODEL_PRESETS},
@@ -213,7 +213,8 @@ def parameters_table() -> str:
         f"{largest}, mil": {"preset": largest, "ssm": {"variant": "mil"}},
         f"{largest}, mamba1": {"preset": largest, "ssm": {"variant": "mamba1"}},
     }
-    models = {name: ModelSettings.model_validate(values) for name, values in chosen.items()}
+    models = {f"this config ({config.model.mixer})": config.model}
+    models |= {name: ModelSettings.model_validate(values) for name, values in chosen.items()}
     counts = [parameters_by_part(build_on_meta(model, KernelSettings())) for model in models.values()]
     rows = [[part, *(f"{count[part]:,}" if count[part] else "-" for count in counts)] for part in PARAMETER_PARTS]
     rows.append(["all", *(f"{count.total():,}" for count in counts)])

@@ -114,6 +114,13 @@ class TextEncoderSettings(Settings):
     max_tokens: int = Field(default=128, gt=2, le=256, description="Longer captions are cut, with a count.")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="t5_clip: what it runs in.")
 
+    @field_validator("weights")
+    @classmethod
+    def _weights_are_local(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("s3://"):
+            raise ValueError(f"weights={value!r}: s3:// is not read here; copy it to a local folder")
+        return value
+
     @model_validator(mode="after")
     def _is_of_its_kind(self) -> "TextEncoderSettings":
         if self.kind == "t5_clip" and not self.weights:

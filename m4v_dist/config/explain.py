@@ -16,6 +16,10 @@ ANY_POSITION = "N"
 """Stands in a path for a position that the reader has to choose."""
 MISSPELT, ALIKE = 0.92, 0.6
 """Likeness by `difflib`, in [0, 1]: a slip of the finger; somewhat alike, too little to send a reader elsewhere."""
+ALSO_CALLED: dict[Location, Location] = {
+    ("warm_start", name): ("warm_start", "source") for name in ("checkpoint", "path", "from", "init_from")
+}
+"""What people call a key, and would be sent elsewhere for."""
 MAX_SHOWN = 80
 """Characters of a wrong value that a message repeats."""
 
@@ -44,7 +48,7 @@ def _follows_from_another(problem: Any, faulty: set[Location], suggested: set[st
 
 def _explain_one(problem: Any) -> str:
     location, value = problem["loc"], problem["input"]
-    name, got = _dotted(location), f"(got {_shown(value)})"
+    name, got = _dotted(location), f"(got {shown(value)})"
     match problem["type"]:
         case "extra_forbidden":
             known = ", ".join(sorted(_section(location[:-1]).model_fields))
@@ -55,7 +59,7 @@ def _explain_one(problem: Any) -> str:
             return f"{name} is missing; add it."
         case "literal_error":
             close = [repr(choice) for choice in _close_choices(location, value)]
-            return f"{name}: {_shown(value)} is not a choice{_question(close)} Choices: {problem['ctx']['expected']}."
+            return f"{name}: {shown(value)} is not a choice{_question(close)} Choices: {problem['ctx']['expected']}."
         case "tuple_type" if _holds_sections(location):
             header = _dotted(tuple(part for part in location if isinstance(part, str)))
             return f"{name} is a list of sections; write [[{header}]] above the keys of each {got}."
@@ -74,8 +78,8 @@ def _explain_one(problem: Any) -> str:
 def _suggest(problem: Any) -> list[str]:
     """Full paths that an unknown key may stand for, the likeliest first.
 
-    A misspelt key of its own section; failing that, a key of this name, or misspelt, in others; failing that, a key of
-    its own section that looks somewhat alike; and for a whole unknown section, the keys in it.
+    A misspelt key of its own section, and keys of this very name in others; failing that, a misspelt key of others;
+    failing that, a key of its own section that looks somewhat alike; and for a whole unknown section, the keys in it.
     """
     location: Location = problem["loc"]
     key, parent = str(location[-1]), location[:-1]
@@ -85,7 +89,10 @@ def _suggest(problem: Any) -> list[str]:
     def named(names: Container[int | str]) -> list[Location]:
         return [path for path in paths if path[-1] in names]
 
+    if location in ALSO_CALLED:
+        return [_dotted(ALSO_CALLED[location])]
     found: list[Location] = [(*parent, name) for name in _close(key, siblings, MISSPELT)]
+    found += named([key]) if found else []
     found = found or named(_close(key, [str(path[-1]) for path in paths], MISSPELT))
     found = found or [(*parent, name) for name in _close(key, siblings)]
     if not found and isinstance(problem["input"], dict):
@@ -187,6 +194,7 @@ def _dotted(location: Location) -> str:
     return ".".join(str(part) or '""' for part in location) if location else "the whole file"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as it was given, cut after `MAX_SHOWN` characters."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

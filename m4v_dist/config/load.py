@@ -30,7 +30,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such config file; see jobs/configs/ for examples.") from error
+        tried = "" if Path(path).is_absolute() else f" ({Path(path).absolute()})"
+        raise ConfigError(f"{path}{tried}: no such config file; see jobs/configs/ for examples.") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file, see jobs/configs/.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -89,7 +89,13 @@ class ModelSettings(Settings):
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}")
         if sum(self.rope_axes) != self.head_dim:
-            raise ValueError(f"rope_axes={self.rope_axes} must sum to the head width {self.head_dim}")
+            total = sum(self.rope_axes)
+            fits = total > 0 and self.hidden_size % total == 0
+            heads = f"num_heads={self.hidden_size // total}, or " if fits else ""
+            raise ValueError(
+                f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} = {self.head_dim}, but "
+                f"rope_axes={self.rope_axes} sum to {total}: set {heads}rope_axes that sum to {self.head_dim}"
+            )
         if any(width < 0 or width % 2 for width in self.rope_axes):
             raise ValueError(
                 f"rope_axes={self.rope_axes} must be even widths of at least 0: an angle turns two channels"

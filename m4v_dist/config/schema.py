@@ -38,15 +38,18 @@ class WarmStartSettings(Settings):
     )
     weights: str | None = Field(
         default=None,
-        description="The model's start weights, a local safetensors file that import_checkpoint writes and training "
+        description="The model's start weights, a local .safetensors file that import_checkpoint writes and training "
         "begins with; with a source, None is <run.folder>/warm_start/weights.safetensors.",
     )
 
     @field_validator("weights")
     @classmethod
-    def _weights_are_local(cls, value: str | None) -> str | None:
+    def _weights_are_a_local_file(cls, value: str | None) -> str | None:
         if value is not None and value.startswith("s3://"):
             raise ValueError(f"weights={value!r} is not local; give a local or mounted file, as for run.folder")
+        # Readers go by the ending.
+        if value is not None and not value.endswith(".safetensors"):
+            raise ValueError(f"weights={value!r} is written as safetensors; give a name that ends in .safetensors")
         return value
 
 
@@ -63,8 +66,8 @@ class SamplingSettings(Settings):
         description="What guidance leans away from, in all latents; empty is the prompt that training drops text for.",
     )
     num_latents: PositiveInt = Field(default=8, description="Length in latents; frames = 8 (n - 1) + 1.")
-    height_px: int = Field(default=128, gt=0, multiple_of=16, description="Height of the video.")
-    width_px: int = Field(default=128, gt=0, multiple_of=16, description="Width of the video.")
+    height_px: int = Field(default=128, gt=0, description="Height of the video; `validate.py` says of what a multiple.")
+    width_px: int = Field(default=128, gt=0, description="Width of the video; as the height.")
     fps: float = Field(default=24.0, gt=0, description="Frames per second of the file.")
     first_unit_steps: tuple[PositiveInt, ...] = Field(
         default=(20, 20, 20), description="Per pyramid stage, first latent."

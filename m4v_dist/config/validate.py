@@ -55,13 +55,12 @@ def validate(config: RunConfig) -> None:
                 f"({config.precompute.num_frames} frames); raise precompute.num_frames to "
                 f"{(stage.num_latents - 1) * 8 + 1} or shorten the stage."
             )
-    if (
-        len(config.sampling.first_unit_steps) != config.objective.num_pyramid_stages
-        or len(config.sampling.later_unit_steps) != config.objective.num_pyramid_stages
-    ):
+    stages, sampling = config.objective.num_pyramid_stages, config.sampling
+    steps = {"first_unit_steps": sampling.first_unit_steps, "later_unit_steps": sampling.later_unit_steps}
+    wrong = [f"{name}={list(given)} has {len(given)}" for name, given in steps.items() if len(given) != stages]
+    if wrong:
         raise ConfigError(
-            f"sampling: first_unit_steps and later_unit_steps need one number for each of the "
-            f"{config.objective.num_pyramid_stages} pyramid stages."
+            f"sampling: {', '.join(wrong)}, but it needs one number for each of the {stages} pyramid stages."
         )
 
 
@@ -107,5 +106,14 @@ def _validate_sizes(config: RunConfig) -> None:
             raise ConfigError(
                 f"{where}: {height_px}x{width_px} px does not divide into patches at all "
                 f"{config.objective.num_pyramid_stages} pyramid stages; both sides must be multiples of {multiple} "
-                f"(8 px a latent, patches of {config.model.patch_size}, halved at each stage)."
+                f"(8 px a latent, patches of {config.model.patch_size}, halved at each stage), as "
+                f"{_nearest(height_px, multiple)} high and {_nearest(width_px, multiple)} wide."
             )
+
+
+def _nearest(size_px: int, multiple: int) -> str:
+    """The multiples next to a size, or the size itself where it is one."""
+    below = size_px // multiple * multiple
+    if below == size_px:
+        return str(size_px)
+    return f"{below} or {below + multiple}" if below else str(multiple)

@@ -28,12 +28,15 @@ from einops import rearrange
 from torch import Tensor
 
 from m4v_dist import storage
-from m4v_dist.errors import ConfigError, DataError
+from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.latent_normalization import LatentNormalization
+from m4v_dist.weights_file import SAFETENSORS, read_layout, require_layout
 
 EMBEDDED_WEIGHTS = str(Path(__file__).parent / "assets" / "pca_codec.safetensors")
 BLOCK = 8
 """Side of a block in pixels, and frames of a group."""
+DEFAULT_CHANNELS = 16
+"""PyramidFlow's, and what a file of other tensors is compared with."""
 STD_FLOOR = 1e-3
 _TENSORS = {"first_basis", "first_mean", "later_basis", "later_mean"}
 _STATISTICS = {"first_latent_mean", "first_latent_scale", "later_latent_mean", "later_latent_scale"}
@@ -65,12 +68,6 @@ class PcaCodec:
     temporal_stride = BLOCK
 
     def __init__(self, tensors: dict[str, Tensor], weights_sha256: str) -> None:
-        wanted = _TENSORS | _STATISTICS
-        if set(tensors) != wanted:
-            raise DataError(
-                f"pca codec: the weights hold {sorted(tensors)}, but {sorted(wanted)} are needed; "
-                "write them with `python -m jobs.fit_codec`."
-            )
         self._tensors = {name: tensors[name].float() for name in _TENSORS}
         self._weights_sha256 = weights_sha256
         self.latent_channels = tensors["first_basis"].shape[1]
@@ -83,16 +80,31 @@ class PcaCodec:
         """Load the weights from a safetensors file, local or s3://.
 
         Raises:
-            ConfigError: no such file.
-            DataError: it holds other tensors.
+            ConfigError: no such file, or one of another ending.
+            DataError: it is damaged, no safetensors file, or holds other tensors.
         """
-        if not storage.exists(path):
-            raise ConfigError(f"codec.weights={path}: no such file; leave it out to take the embedded basis.")
+        if not storage.is_file(path):
+            raise ConfigError(
+                f"codec.weights={storage.shown(path)}: no such file; leave it out to take the embedded basis."
+            )
+        if not path.endswith(SAFETENSORS):
+            raise ConfigError(
+                f"codec.weights={path}: codec.kind='pca' reads a {SAFETENSORS[0]} file, as `python -m jobs.fit_codec` "
+                "writes it; give one, or set codec.kind='pyramid' for PyramidFlow's VAE."
+            )
+        layout = read_layout(path)
+        basis = layout.get("first_basis")
+        require_layout(
+            f"codec.weights={path}",
+            layout,
+            _wanted(basis.shape[-1] if basis is not None and basis.shape else DEFAULT_CHANNELS),
+            "Write them with `python -m jobs.fit_codec`, or leave codec.weights out to take the embedded basis.",
+        )
         return cls.from_bytes(storage.read_bytes(path))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "PcaCodec":
-        """Build from safetensors bytes."""
+        """Build from the bytes of a whole file of `PcaWeights`."""
         return cls(storage.tensors_from_bytes(data), hashlib.sha256(data).hexdigest())
 
     def fingerprint(self) -> dict[str, str]:
@@ -176,6 +188,15 @@ class PcaCodec:
                 f"pca codec: {len(frames)} frames of {frames.shape[1]} x {frames.shape[2]} break the 8k+1 frame rule "
                 f"or the multiple of 8; cut to {(len(frames) - 1) // BLOCK * BLOCK + 1} frames, or crop."
             )
+
+
+def _wanted(channels: int) -> dict[str, Tensor]:
+    """The tensors of a codec of so many channels, on the meta device."""
+    shapes = dict.fromkeys(_STATISTICS, (channels,)) | {
+        "first_basis": (3 * BLOCK**2, channels), "first_mean": (3 * BLOCK**2,),
+        "later_basis": (3 * BLOCK**3, channels), "later_mean": (3 * BLOCK**3,),
+    }  # fmt: skip
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def to_blocks(frames: Tensor, group: int) -> Tensor:

@@ -23,19 +23,33 @@ def load_bert(folder: str) -> tuple[Any, Any]:
     Raises:
         DataError: the folder's files are damaged, or of another network.
     """
-    from transformers import AutoTokenizer, BertModel
+    from transformers import BertModel
 
     return (
-        _load_tokenizer(AutoTokenizer, folder),
+        load_bert_tokenizer(folder),
         _load_model(BertModel, folder, torch.float32, may_hold=("pooler.",), add_pooling_layer=False),
     )
 
 
 def load_t5(folder: str, tokenizer_folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Tokenizer and encoder of a T5; see `load_bert`."""
-    from transformers import T5EncoderModel, T5Tokenizer
+    from transformers import T5EncoderModel
 
-    return _load_tokenizer(T5Tokenizer, tokenizer_folder), _load_model(T5EncoderModel, folder, dtype)
+    return load_t5_tokenizer(tokenizer_folder), _load_model(T5EncoderModel, folder, dtype)
+
+
+def load_bert_tokenizer(folder: str) -> Any:
+    """The tokenizer of `load_bert` alone."""
+    from transformers import AutoTokenizer
+
+    return _load_tokenizer(AutoTokenizer, folder)
+
+
+def load_t5_tokenizer(folder: str) -> Any:
+    """The tokenizer of `load_t5` alone."""
+    from transformers import T5Tokenizer
+
+    return _load_tokenizer(T5Tokenizer, folder)
 
 
 def load_clip(folder: str, tokenizer_folder: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -48,7 +48,8 @@ def find_files(path: str) -> tuple[str, str | None]:
     path = path.rstrip("/")
     if not storage.exists(path):
         raise ConfigError(
-            f"codec.weights={path}: there is no such file or folder; give PyramidFlow's causal_video_vae folder."
+            f"codec.weights={storage.shown(path)}: there is no such file or folder; give PyramidFlow's "
+            "causal_video_vae folder."
         )
     if path.endswith(SAFETENSORS + PICKLES):
         folder, slash, _ = path.rpartition("/")

@@ -22,7 +22,7 @@ Legend: `n` text tokens, `d` width of a token, `p` width of the pooled vector.
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import ConfigError, DataError
-from m4v_dist.frozen.pretrained_text import check_captions, load_clip, load_t5, num_tokens, tokenize
+from m4v_dist.frozen.pretrained_text import check_captions, load_clip, load_t5, load_t5_tokenizer, num_tokens, tokenize
 from m4v_dist.weights_file import DTYPES, read_layout, sha256
 
 MAX_CLIP_TOKENS = 77
@@ -115,6 +115,17 @@ class T5ClipEncoder:
         return TextFeatures(tokens=tokens.float().cpu(), pooled=pooled.float().cpu())
 
 
+def count_t5_tokens(folder: str) -> Callable[[str], int]:
+    """`T5ClipEncoder.count_tokens` with the tokenizer alone: no weights are read.
+
+    Raises:
+        ConfigError: a part of the folder is missing; the message names it.
+        DataError: the tokenizer is damaged.
+    """
+    _files(Path(folder))
+    return functools.partial(num_tokens, load_t5_tokenizer(str(Path(folder) / _T5_TOKENIZER)))
+
+
 def t5_clip_fingerprint(folder: str, max_tokens: int, dtype: str) -> dict[str, str]:
     """What decides the features, without loading a model.
 
@@ -152,8 +163,8 @@ def _files(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise ConfigError(
-            f"text_encoder.weights={root}: no such local folder; name PyramidFlow's released folder, which holds "
-            f"{_CLIP}, {_CLIP_TOKENIZER}, {_T5} and {_T5_TOKENIZER}. Nothing is downloaded."
+            f"text_encoder.weights={storage.shown(str(root))}: no such local folder; name PyramidFlow's released "
+            f"folder, which holds {_CLIP}, {_CLIP_TOKENIZER}, {_T5} and {_T5_TOKENIZER}. Nothing is downloaded."
         )
     files = [*_model_files(root, _CLIP), *_model_files(root, _T5)]
     files += _tokenizer_files(root, _CLIP_TOKENIZER, (("tokenizer.json",), ("vocab.json", "merges.txt")))

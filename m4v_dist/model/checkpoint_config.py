@@ -12,29 +12,31 @@ from typing import Any
 from m4v_dist import storage
 from m4v_dist.config.model_settings import ModelSettings
 from m4v_dist.errors import ConfigError, DataError
+from m4v_dist.model.checkpoint_files import INDEX
 from m4v_dist.weights_file import PICKLES, SAFETENSORS
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+CLASS_NAME = "PyramidFluxTransformer"
+"""What the config of a miniFLUX says that it is; PyramidFlow's SD3 variant says PyramidDiffusionMMDiT."""
 
 
 def check_released_config(path: str, model: ModelSettings) -> None:
     """Compare the config.json of a checkpoint, where there is one, with the settings it is to be loaded under.
 
     Args:
-        path: the checkpoint as `find_files` takes it; of a lone file, the config beside it counts.
+        path: the checkpoint as `find_files` takes it; of a lone file or an index, the config beside it counts.
         model: what it is loaded into.
 
     Raises:
-        ConfigError: fields differ; the message names each with both values.
+        ConfigError: fields differ; the message names each with both values. Or it is of another network.
         DataError: the config is damaged.
     """
     path = path.rstrip("/")
     folder, slash, _ = path.rpartition("/")
-    config = (
-        f"{folder}{slash}{CONFIG_FILE}" if path.endswith(SAFETENSORS + PICKLES) else storage.join(path, CONFIG_FILE)
-    )
+    is_file = path.endswith((*SAFETENSORS, *PICKLES, INDEX))
+    config = f"{folder}{slash}{CONFIG_FILE}" if is_file else storage.join(path, CONFIG_FILE)
     if not storage.exists(config):
         logger.info("%s is not there, so heads, rotary widths and mask of the checkpoint are not compared", config)
         return
@@ -44,6 +46,11 @@ def check_released_config(path: str, model: ModelSettings) -> None:
         raise DataError(str(error)) from error
     if not isinstance(found, dict):
         raise DataError(f"{config}: holds a {type(found).__name__}, not the config of a network; fetch it again.")
+    if found.get("_class_name", CLASS_NAME) != CLASS_NAME:
+        raise ConfigError(
+            f"{config}: describes a {found['_class_name']}, and only PyramidFlow's miniFLUX ({CLASS_NAME}) is read; "
+            "take the transformer of a miniFLUX release."
+        )
     differing = [
         f"{key}: {found[key]!r}, ours {value!r} ({setting})"
         for key, (setting, value) in _wanted(model).items()

@@ -45,31 +45,43 @@ class CheckpointReader:
         """A tensor as float32 on the CPU.
 
         Raises:
-            DataError: the file is damaged.
+            DataError: the file is damaged, or a weight is not finite.
         """
-        return self._opened[self._file_of[name]].read(name)
+        path = self._file_of[name]
+        tensor = self._opened[path].read(name)
+        if not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise DataError(
+                f"{path}: {name}: {bad} of {tensor.numel()} weights are not finite; take a checkpoint that is whole."
+            )
+        return tensor
 
 
 def find_files(path: str, setting: str) -> list[str]:
     """Find the weights files at `path`, local or s3://.
 
     Args:
-        path: a weights file; or a folder that holds an index and its shards, all shards of one set, or one file.
+        path: a weights file; or an index of shards beside it; or a folder that holds an index and its shards, all
+            shards of one set, or one file.
             Where a folder holds safetensors and pickles, the safetensors are taken.
         setting: what names the path in the config, for messages.
 
     Raises:
-        ConfigError: nothing is there, or several checkpoints that no index tells apart.
+        ConfigError: nothing is there, or a file of another kind, or several checkpoints that no index tells apart.
         DataError: a file of the set is missing, or the index is damaged.
     """
     path = path.rstrip("/")
     if not storage.exists(path):
-        raise ConfigError(f"{setting}={path}: there is no such file or folder; give a checkpoint's file or folder.")
+        raise ConfigError(
+            f"{setting}={storage.shown(path)}: there is no such file or folder; give a checkpoint's file or folder."
+        )
     if path.endswith(SAFETENSORS + PICKLES):
         return [path]
+    if storage.is_file(path):
+        return _from_index(path, setting)
     there = storage.list_folder(path)
     for suffixes in (SAFETENSORS, PICKLES):
-        indices = [name for name in there if name.endswith(tuple(suffix + INDEX for suffix in suffixes))]
+        indices = [name for name in there if name.endswith(_with_index(suffixes))]
         names = [name for name in there if name.endswith(suffixes)]
         if len(indices) == 1:
             return _indexed(path, indices[0], there)
@@ -81,6 +93,23 @@ def find_files(path: str, setting: str) -> list[str]:
         f"{setting}={path}: no {', '.join(SAFETENSORS + PICKLES)} file in it (it holds {there[:6]}); of a release, "
         "give the folder of the transformer, such as diffusion_transformer_384p."
     )
+
+
+def _with_index(suffixes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(suffix + INDEX for suffix in suffixes)
+
+
+def _from_index(path: str, setting: str) -> list[str]:
+    """The shards beside an index that is named itself."""
+    folder, _, name = path.rpartition("/")
+    if not name.endswith(_with_index(SAFETENSORS + PICKLES)):
+        _, dot, suffix = name.rpartition(".")
+        kind = f"ending in .{suffix}" if dot else "without an ending"
+        raise ConfigError(
+            f"{setting}={path}: is a file {kind}; read are {', '.join(SAFETENSORS + PICKLES)}, and an index of them "
+            f"({SAFETENSORS[0]}{INDEX}). Rename it if it is one of these, or convert it."
+        )
+    return _indexed(folder or ".", name, storage.list_folder(folder or "."))
 
 
 def _indexed(folder: str, index: str, there: Sequence[str]) -> list[str]:

@@ -144,17 +144,13 @@ def ssm_mixer(width: int, ssm: SsmSettings, tokens: int) -> Flops:
     )
 
 
-def chunked_scan_overhead(
-    tokens: int, num_segments: int, *, inner_width: int, state_dim: int, num_groups: int, chunk_size: int
-) -> int:
-    """FLOPs of the backend `reference_chunked` past the algorithm's own, for one block and a packed sequence.
+def chunked_scan_overhead(tokens: int, *, inner_width: int, state_dim: int, num_groups: int, chunk_size: int) -> int:
+    """FLOPs of the backend `reference_chunked` past the algorithm's own, for one block and one segment.
 
-    It fills the last chunk, carries states by one product over all pairs of chunks (a kernel has a recurrence), and
-    works out the state at the end of each segment, which training does not read.
+    It fills the last chunk, and carries states by one product over all pairs of chunks (a kernel has a recurrence).
 
     Args:
-        tokens: of all segments together.
-        num_segments: columns.
+        tokens: of the segment.
         inner_width, state_dim, num_groups, chunk_size: e, N, g, Q.
     """
     chunk = min(chunk_size, tokens)
@@ -162,8 +158,7 @@ def chunked_scan_overhead(
     per_token = 2 * chunk * (num_groups * state_dim + inner_width) + 4 * state_dim * inner_width
     filling = (num_chunks * chunk - tokens) * per_token
     carrying = 2 * (num_chunks + 1) ** 2 * inner_width * state_dim
-    ending = 2 * num_segments * chunk * inner_width * state_dim
-    return filling + carrying + ending
+    return filling + carrying
 
 
 def temporal_tokens(column: ColumnShape) -> tuple[int, int]:

@@ -1,19 +1,26 @@
 """The file of a model's start weights in our own names: what an import writes, and a training run begins with.
 
-A local safetensors file of every parameter in float32. Its metadata says what it was imported from and which seed drew
-what the import left fresh, so that a training run whose config says otherwise does not begin with it unseen.
+A local safetensors file of every parameter in float32. Its metadata says what it was imported from, for which model,
+and which seed drew what the import left fresh, so that a run whose config says otherwise does not begin with it unseen:
+rotary widths, scan paths and masks leave every shape as it is.
 """
 
+import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from m4v_dist import storage
+from m4v_dist.config.model_settings import ModelSettings
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
 from m4v_dist.weights_file import read_layout, require_layout
 
-_SOURCE, _SEED = "warm_start.source", "run.seed"
+_SOURCE, _SEED, _MODEL = "warm_start.source", "run.seed", "m4v_dist.model"
+_NO_MATTER = {"model.preset", "model.ablation", "model.recompute", "model.ssm.chunk_size"}
+"""Settings that change no output: names of other settings, and how the same is computed."""
 
 
 def write_start_weights(path: str, model: nn.Module, config: RunConfig) -> None:
@@ -35,23 +42,26 @@ def check_start_weights(config: RunConfig, model: nn.Module) -> None:
         model: of the run; may be on the meta device.
 
     Raises:
-        ConfigError: there is no such file, or it was imported from elsewhere or with another seed than the config says.
-        DataError: damaged, or of another model.
+        ConfigError: there is no such file, or it was imported from elsewhere, for another model or with another seed
+            than the config says; each setting that differs is named with both values.
+        DataError: damaged, or no start weights of this model.
     """
     path = config.start_weights
     assert path is not None, "asked only of a run with start weights"
     if not os.path.isfile(path):
         raise ConfigError(
-            f"{path}: no such file, and the run is to begin with it (warm_start); run jobs.import_checkpoint with the "
-            "same config first, or give warm_start.weights another path."
+            f"{storage.shown(path)}: no such file, and the run is to begin with it (warm_start); run "
+            "jobs.import_checkpoint with the same config first, or give warm_start.weights another path."
         )
-    require_layout(path, read_layout(path), model.state_dict())
+    layout = read_layout(path)
     found = storage.read_tensor_metadata(path)
+    _require_same_model(path, json.loads(found.get(_MODEL, "{}")), config.model)
+    require_layout(path, layout, model.state_dict(), "Run jobs.import_checkpoint again with this config.")
     wanted = _metadata(config)
     differing = [
         f"{key}={found[key]!r}, the config says {wanted[key]!r}"
-        for key in found.keys() & wanted.keys()
-        if found[key] != wanted[key]
+        for key in (_SOURCE, _SEED)
+        if key in found and found[key] != wanted[key]
     ]
     if config.warm_start.source is not None and differing:
         raise ConfigError(
@@ -60,5 +70,29 @@ def check_start_weights(config: RunConfig, model: nn.Module) -> None:
         )
 
 
+def _require_same_model(path: str, found: Mapping[str, Any], model: ModelSettings) -> None:
+    wanted = _flat("model", model.model_dump(mode="json"))
+    differing = [
+        f"{key}: {found[key]!r} -> {wanted[key]!r}"
+        for key in wanted
+        if key in found and key not in _NO_MATTER and found[key] != wanted[key]
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path}: was imported for another model: {'; '.join(differing)} (file -> config). Run "
+            "jobs.import_checkpoint again with this config, or set the keys back."
+        )
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}.{name}"
+        flat |= _flat(key, value) if isinstance(value, dict) else {key: value}
+    return flat
+
+
 def _metadata(config: RunConfig) -> dict[str, str]:
-    return {_SOURCE: str(config.warm_start.source), _SEED: str(config.run.seed)}
+    model = _flat("model", config.model.model_dump(mode="json"))
+    return {_SOURCE: str(config.warm_start.source), _SEED: str(config.run.seed), _MODEL: json.dumps(model)}

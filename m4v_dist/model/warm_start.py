@@ -22,6 +22,7 @@ from m4v_dist.errors import DataError
 from m4v_dist.model.attention_to_ssm import Part, as_it_is, attention_to_ssm
 from m4v_dist.model.build import build_on_meta
 from m4v_dist.model.checkpoint_names import OTHER_NETS, TRAINED_PREFIX, to_pyramidflow_name
+from m4v_dist.model.checkpoint_sizes import check_sizes
 from m4v_dist.model.pyramid import PyramidModel
 from m4v_dist.weights_file import TensorLayout, require_layout
 
@@ -50,10 +51,12 @@ def plan_warm_start(model: PyramidModel, layout: Mapping[str, TensorLayout], whe
         where: the checkpoint, for messages.
 
     Raises:
+        ConfigError: it has other sizes than the model's settings.
         DataError: it is not the checkpoint of this model with attention in every unified block: names missing or too
-            many, other shapes or dtypes, each with both values.
+            many, other shapes or dtypes, each with both values; or that of PyramidFlow's other transformer.
     """
     full_names, other_nets = _strip(layout, where)
+    check_sizes(where, {name: layout[full] for name, full in full_names.items()}, model.settings)
     twin = model.settings.model_copy(update={"mixer": "attention", "ablation": None})
     wanted = build_on_meta(twin, KernelSettings()).state_dict()
     require_layout(
@@ -110,21 +113,11 @@ def apply_warm_start(model: nn.Module, plan: WarmStart, read: Callable[[str], Te
     Args:
         model: the planned one, with memory and fresh weights.
         plan: of `plan_warm_start`.
-        read: a tensor of the checkpoint by its name, float32.
-
-    Raises:
-        DataError: a weight is not finite.
+        read: a tensor of the checkpoint by its name, float32; what it raises passes through.
     """
     for part in plan.parts:
-        sources = [_finite(name, read(name)) for name in part.sources]
+        sources = [read(name) for name in part.sources]
         rows = model.get_parameter(part.target)[part.rows]
         values = part.fill(rows, *sources, *(model.get_parameter(name) for name in part.own))
         assert values.shape == rows.shape, f"{part.target}: {part.rule} gives {tuple(values.shape)}"
         rows.copy_(values)
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if not bool(tensor.isfinite().all()):
-        bad = int((~tensor.isfinite()).sum())
-        raise DataError(f"{name}: {bad} of {tensor.numel()} weights are not finite; take a checkpoint that is whole.")
-    return tensor

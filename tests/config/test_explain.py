@@ -47,6 +47,9 @@ def _broken(dotted: str, value: Any) -> dict[str, Any]:
         ("trainr", {"zero_stage": 1}, "trainer"),
         ("curriculum.0.buckets.0.height", 64, "curriculum.0.buckets.0.height_px"),
         ("curriculum.0.nmu_steps", 3, "curriculum.0.num_steps"),
+        ("source", "dit.pth", "sources or warm_start.source"),
+        ("warm_start.checkpoint", "dit.pth", "warm_start.source"),
+        ("warm_start.path", "dit.pth", "warm_start.source"),
     ],
 )
 def test_an_unknown_key_is_looked_for_in_every_section(key: str, value: Any, meant: str) -> None:

@@ -47,8 +47,12 @@ def test_override_reaches_a_list_item_and_a_missing_section(tmp_path: Path) -> N
         ("model", "preset", "huge", ["model.preset", "'tiny', 'small' or 'm4v_2b'", "'huge'"]),
         ("trainer", "global_batch_slots", 12, ["global_batch_slots=12", "sync_group=8", "use 16"]),
         ("objective", "pyramid_stage_columns", [0, 3], ["pyramid_stage_columns=(0, 3)", "0..2"]),
-        ("sampling", "height_px", 96, ["96x128 px", "multiples of 64"]),
-        ("sampling", "first_unit_steps", [1, 2], ["first_unit_steps", "3 pyramid stages"]),
+        ("sampling", "height_px", 100, ["100x128 px", "multiples of 64", "as 64 or 128 high and 128 wide"]),
+        ("sampling", "width_px", 40, ["128x40 px", "as 128 high and 64 wide"]),
+        ("sampling", "first_unit_steps", [1, 2], ["first_unit_steps=[1, 2] has 2", "3 pyramid stages"]),
+        ("model", "hidden_size", 256, ["256 / 2 = 128, but rope_axes=(16, 24, 24) sum to 64: set num_heads=4"]),
+        ("model", "hidden_size", 160, ["160 / 2 = 80, but", "sum to 64: set rope_axes that sum to 80"]),
+        ("text_encoder", "weights", "s3://a/b", ["'s3://a/b'", "s3:// is not read here; copy it to a local folder"]),
     ],
 )
 def test_refusal_says_what_and_the_way_out(section: str, key: str, value: Any, words: list[str]) -> None:

@@ -1,6 +1,9 @@
 """The cache's format: WebDataset-readable, exact, repeatable, and refused when it is not the run's."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import DataError
 from tests.data_pipeline.made_cache import FINGERPRINT, MadeSource, made_row, make_cache
 
+ROOT = Path(__file__).parents[2]
 SOURCES = [MadeSource("vid", "video", 5, 3), MadeSource("img", "image", 4, 1)]
 
 
@@ -54,6 +58,25 @@ def test_an_index_row_places_its_record_in_the_tar(tmp_path: Path) -> None:
     for row in rows:
         assert data[row.offset_bytes :].startswith(f"{row.key}.latents.safetensors".encode())
     assert rows[1].offset_bytes == rows[0].offset_bytes + rows[0].size_bytes
+
+
+_COUNT_THREADS = """
+import os, sys
+from data_pipeline.manifest import read_index
+before = set(os.listdir("/proc/self/task"))
+rows, _ = read_index(sys.argv[1])
+print(len(rows), len(set(os.listdir("/proc/self/task")) - before))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc to count threads by")
+def test_an_index_is_read_without_a_thread_of_arrow_s_own(tmp_path: Path) -> None:
+    """Such a thread lets go of our bytes while the interpreter ends, and aborts it (seen in half of the runs)."""
+    folder = make_cache(str(tmp_path), SOURCES)
+    # A process of its own: in this one, other tests may have started them already.
+    command = [sys.executable, "-c", _COUNT_THREADS, index_path(folder, "vid")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["5", "0"]
 
 
 def test_a_flipped_bit_and_a_cut_tail_are_named(tmp_path: Path) -> None:

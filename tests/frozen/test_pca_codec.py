@@ -90,7 +90,20 @@ def test_missing_and_foreign_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         build_codec(CodecSettings(weights=f"{tmp_path}/none.safetensors"))
     storage.write_tensors(f"{tmp_path}/x.safetensors", {"weight": torch.zeros(2)})
-    with pytest.raises(DataError, match="first_basis"):
+    with pytest.raises(DataError, match=r"codec.weights=.*x.safetensors: .*8 missing \(first_basis, .* and 3 more\)"):
+        build_codec(CodecSettings(weights=f"{tmp_path}/x.safetensors"))
+    (tmp_path / "x.safetensors").write_text("no tensors")
+    with pytest.raises(DataError, match="x.safetensors: 10 bytes are no safetensors file"):
+        build_codec(CodecSettings(weights=f"{tmp_path}/x.safetensors"))
+    (tmp_path / "vae.bin").write_text("")
+    with pytest.raises(ConfigError, match=r"codec.weights=.*vae.bin: codec.kind='pca' reads a .safetensors file"):
+        build_codec(CodecSettings(weights=f"{tmp_path}/vae.bin"))
+
+
+def test_weights_of_a_wrong_shape_are_named_with_both(tmp_path: Path) -> None:
+    tensors = storage.read_tensors(EMBEDDED_WEIGHTS) | {"first_mean": torch.zeros(3)}
+    storage.write_tensors(f"{tmp_path}/x.safetensors", tensors)
+    with pytest.raises(DataError, match=r"first_mean: file \[3\], wanted \[192\]"):
         build_codec(CodecSettings(weights=f"{tmp_path}/x.safetensors"))
 
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from m4v_dist import storage
 from m4v_dist.config.data_settings import TextEncoderSettings
 from m4v_dist.errors import ConfigError, DataError
-from m4v_dist.frozen.t5_clip_encoder import T5ClipEncoder
+from m4v_dist.frozen.t5_clip_encoder import T5ClipEncoder, count_t5_tokens
 from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint
 from tests.frozen.made_text_release import CLIP_WIDTH, T5_WIDTH, WORDS, make_text_release
 
@@ -35,6 +35,12 @@ def encoder(release: Path) -> T5ClipEncoder:
 @pytest.fixture
 def copy(release: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(release, tmp_path / "release"))
+
+
+def test_tokens_are_counted_without_the_weights_as_with_them(encoder: T5ClipEncoder, release: Path) -> None:
+    count = count_t5_tokens(str(release))
+    for caption in ("", "a red fox", "fox " * 40):
+        assert count(caption) == encoder.count_tokens(caption)
 
 
 def _padded_and_masked(folder: Path, caption: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -186,7 +192,7 @@ def test_a_missing_part_a_missing_shard_and_half_a_vocabulary_are_named(copy: Pa
         T5ClipEncoder(str(copy), MAX_TOKENS)
 
 
-@pytest.mark.parametrize("folder", ["/no/such/folder", "s3://bucket/pyramid", "google/t5-v1_1-xxl"])
+@pytest.mark.parametrize("folder", ["/no/such/folder", "google/t5-v1_1-xxl"])
 def test_what_is_no_local_folder_is_exit_2(folder: str) -> None:
     with pytest.raises(ConfigError, match="no such local folder.*text_encoder_2"):
         build_text_encoder(TextEncoderSettings(kind="t5_clip", weights=folder))

@@ -7,7 +7,7 @@ import torch
 
 from m4v_dist.config.data_settings import TextEncoderSettings
 from m4v_dist.errors import ConfigError
-from m4v_dist.frozen.text_encoder import TextEncoder, build_text_encoder, text_encoder_fingerprint
+from m4v_dist.frozen.text_encoder import TextEncoder, build_text_encoder, text_encoder_fingerprint, token_counter
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,18 @@ def test_the_fingerprint_names_weights_and_limit(encoder: TextEncoder) -> None:
 def test_a_folder_without_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="config.json is missing"):
         build_text_encoder(TextEncoderSettings(weights=str(tmp_path)))
+
+
+def test_a_folder_that_is_not_there_is_told_apart_from_an_incomplete_one(tmp_path: Path) -> None:
+    for build in (build_text_encoder, text_encoder_fingerprint, token_counter):
+        with pytest.raises(ConfigError, match="weights=.*/none: no such folder"):
+            build(TextEncoderSettings(weights=str(tmp_path / "none")))
+
+
+def test_tokens_are_counted_without_the_weights_as_with_them(encoder: TextEncoder) -> None:
+    count = token_counter(TextEncoderSettings(max_tokens=16))
+    for caption in ("", "a red fox", "word " * 40):
+        assert count(caption) == encoder.count_tokens(caption)
 
 
 def test_the_fingerprint_known_without_the_package_is_that_of_its_files(encoder: TextEncoder) -> None:

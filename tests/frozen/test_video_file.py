@@ -70,6 +70,13 @@ def test_a_broken_picture_gives_a_printable_reason(data: bytes) -> None:
     assert str(caught.value).isprintable()
 
 
+def test_a_video_or_an_unknown_kind_given_for_a_picture_is_told_in_our_words() -> None:
+    with pytest.raises(MediaError, match="it is a video; cut a frame"):
+        decode_image(encode_mp4(gradient(2), 24.0))
+    with pytest.raises(MediaError, match=r"^picture cannot be read .of no kind that is known here.$"):
+        decode_image(b"<html></html>")
+
+
 def test_an_animated_webp_gives_all_frames_and_its_rate() -> None:
     pictures = [Image.fromarray(frame) for frame in gradient(6)]
     buffer = io.BytesIO()

@@ -153,6 +153,14 @@ def test_bad_input_ends_before_any_worker_starts(
     check(case, good_run, tmp_path, capfd)
 
 
+def test_missing_shards_leave_no_cache_folder(tmp_path: Path) -> None:
+    """An empty one would look like somebody's work to `make demo`, which the message advises."""
+    (tmp_path / "run.toml").write_text(TOML.format(folder=tmp_path))
+    arguments = ["--config", str(tmp_path / "run.toml")]
+    assert cli.main("precompute_latents", precompute_latents, "x", arguments) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.toml"]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES_ON_RAY, ids=lambda case: case.name)

@@ -39,6 +39,8 @@ def test_flops_needs_no_folder_that_can_be_written(capfd: pytest.CaptureFixture[
     """The run's folder may be another machine's."""
     assert benchmark.main(["flops", "--config", LARGE, "run.folder=/proc/none"]) == 0
     out = capfd.readouterr().out
+    heads = next(line for line in out.splitlines() if line.startswith("| part ") and "m4v_2b" in line)
+    assert heads.split(" | ")[1].strip() == "this config (ssm)"
     for line in ("| video_768p_57f ", "| video_768p_241f ", "| full_mamba_temporal ", "| unified: ssm scan "):
         assert line in out
 
@@ -67,6 +69,13 @@ def test_an_unknown_or_missing_subject_is_exit_2_and_names_the_known(
     assert ended.value.code == 2
     err = capfd.readouterr().err
     assert all(subject in err for subject in benchmark.SUBJECTS)
+
+
+def test_a_subject_that_does_not_come_first_is_told_so(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--config", DEMO, "flops"])
+    err = capfd.readouterr().err
+    assert "the subject comes first, before --config: python -m jobs.benchmark flops --config FILE" in err
 
 
 def test_a_wrong_key_is_exit_2(capfd: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +174,24 @@ def test_a_dry_run_of_the_ablation_names_the_runs_and_writes_nothing(
     assert benchmark.main(["ablation", "--config", _toml(tmp_path), "--dry-run"]) == 0
     assert "would train 2 runs of 3 steps: full_attention, full_mamba_temporal" in capfd.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_becomes_of_an_earlier_ablation(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_small_cache(str(tmp_path / "cache"))
+    folder = tmp_path / "run" / "benchmark" / "ablation"
+    for name in ("full_attention_seed7", "text_seed7"):
+        (folder / name).mkdir(parents=True)
+    (folder / "ablation.md").write_text("earlier")
+    assert benchmark.main(["ablation", "--config", _toml(tmp_path), "--dry-run"]) == 0
+    assert (
+        capfd.readouterr()
+        .out.splitlines()[-1]
+        .endswith(
+            "run/benchmark/ablation, replacing ablation.md, full_attention_seed7 of an earlier benchmark, keeping "
+            "text_seed7, which the new page does not show"
+        )
+    )
+    assert (folder / "ablation.md").read_text() == "earlier" and (folder / "full_attention_seed7").is_dir()
 
 
 def test_no_cache_is_exit_3_and_names_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

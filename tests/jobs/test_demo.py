@@ -253,6 +253,18 @@ def test_the_reason_of_a_refused_verb_does_not_bar_the_demo(tmp_path: Path) -> N
     demo.require_own_folder(str(tmp_path))
 
 
+def test_empty_folders_do_not_bar_the_demo_and_a_link_or_a_file_in_them_does(tmp_path: Path) -> None:
+    (tmp_path / "run" / "cache" / "index").mkdir(parents=True)
+    demo.require_own_folder(f"{tmp_path}/run")
+    (tmp_path / "run" / "cache" / "mine").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match=r"is not empty \(cache\)"):
+        demo.require_own_folder(f"{tmp_path}/run")
+    (tmp_path / "run" / "cache" / "mine").unlink()
+    (tmp_path / "run" / "cache" / "index" / "a.parquet").write_text("")
+    with pytest.raises(ConfigError, match=r"is not empty \(cache\)"):
+        demo.require_own_folder(f"{tmp_path}/run")
+
+
 def test_a_linked_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")

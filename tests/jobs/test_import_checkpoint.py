@@ -70,7 +70,9 @@ def test_a_dry_run_reports_every_parameter_and_writes_nothing(
     with caplog.at_level(logging.INFO):
         line = import_checkpoint(_config(str(tmp_path / "run"), "c", source), True)
     assert re.match(
-        r"dry run: would write .*/run/warm_start/weights.safetensors, [\d,]+ parameters: .*nothing was", line
+        r"dry run: would write .*/run/warm_start/weights.safetensors, [\d,]+ parameters: .*; "
+        "names and shapes checked, values not read, nothing was written",
+        line,
     )
     (report,) = (record.getMessage() for record in caplog.records if "start weights from" in record.getMessage())
     assert f"{RELEASE}/diffusion_pytorch_model.safetensors" in report
@@ -151,6 +153,11 @@ def test_bad_input_of_the_command_gives_its_code_and_last_line(
         assert not (tmp_path / "run" / "warm_start").exists()
 
 
+def test_start_weights_of_another_ending_are_refused_by_the_config() -> None:
+    with pytest.raises(ConfigError, match=r"warm_start.weights: .*start.pth' is written as safetensors.* ends in .saf"):
+        _config("/run", "c", "", weights="start.pth")
+
+
 def test_remote_start_weights_are_refused_by_the_config() -> None:
     with pytest.raises(ConfigError, match=r"warm_start.weights.*s3://bucket/w.*not local"):
         _config("/run", "c", "", weights="s3://bucket/w.safetensors")
@@ -180,7 +187,9 @@ def test_training_refuses_start_weights_that_are_not_the_config_s(source: str, c
         train(_config(run, cache, source, seed=8), False)
     with pytest.raises(ConfigError, match=r"imported with warm_start.source='.*384p', the config says '/other'"):
         train(_config(run, cache, "/other"), False)
-    with pytest.raises(DataError, match=r"weights.safetensors: .*missing \(single_blocks.2"):
+    with pytest.raises(
+        ConfigError, match=r"imported for another model: model.num_single_blocks: 2 -> 3 \(file -> config\)"
+    ):
         train(_config(run, cache, source, num_single_blocks=3), False)
     _cut(f"{run}/warm_start/weights.safetensors")
     with pytest.raises(DataError, match=r"weights.safetensors: holds \d+ bytes.*cut short"):

@@ -262,12 +262,16 @@ def test_the_text_encoder_is_built_once_for_all_prompts(run: str, monkeypatch: p
     assert len(built) == 1
 
 
-def test_a_prompt_longer_than_the_encoder_reads_is_exit_2_with_its_tokens_and_the_limit(run: str) -> None:
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_prompt_longer_than_the_encoder_reads_is_exit_2_with_its_tokens_and_the_limit(
+    run: str, dry_run: bool
+) -> None:
     limit = sample_config(run).text_encoder.max_tokens
     fits, cut = " ".join(["fox"] * (limit - 2)), " ".join(["plane"] * (limit - 1))
     with pytest.raises(ConfigError, match=f"at most {limit} tokens .*'plane plane .* has {limit + 1}") as error:
-        sample(sample_config(run, prompts=[fits, cut]), False)
+        sample(sample_config(run, prompts=[fits, cut]), dry_run)
     assert "fox" not in str(error.value)
+    assert str(error.value).count("plane") < 20, "a long prompt is not repeated whole"
     assert not Path(run, "samples").exists()
 
 
@@ -275,12 +279,20 @@ def test_the_suffix_s_tokens_count_and_a_long_negative_prompt_is_refused_too(run
     limit = sample_config(run).text_encoder.max_tokens
     prompt, long = " ".join(["fox"] * (limit - 2)), " ".join(["grey"] * limit)
     with pytest.raises(
-        ConfigError, match=f"at most {limit} .*prompts with sampling.prompt_suffix: 'fox .* red' has {limit + 1}"
+        ConfigError, match=f"at most {limit} .*prompts with sampling.prompt_suffix: 'fox .* has {limit + 1}"
     ):
         sample(sample_config(run, prompts=[prompt], prompt_suffix=" red"), False)
     with pytest.raises(ConfigError, match=f"at most {limit} .* sampling.negative_prompt: 'grey .* has {limit + 2}"):
         sample(sample_config(run, negative_prompt=long), False)
     assert not Path(run, "samples").exists()
+
+
+def test_equal_prompts_are_told_to_give_equal_videos(run: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        sample(sample_config(run, prompts=["a fox", "a plane"]), True)
+        assert "more than once" not in caplog.text
+        sample(sample_config(run, prompts=["a fox", "a plane", "a fox"]), True)
+    assert "'a fox' more than once: their videos will be equal" in caplog.text
 
 
 @pytest.mark.parametrize(("guidance", "is_read"), [(3.0, True), (1.0, False)])

@@ -121,12 +121,38 @@ def test_a_dry_run_says_that_start_weights_would_be_sampled_and_checks_them(sour
 def test_start_weights_of_another_config_are_refused(source: str, run: str) -> None:
     with pytest.raises(ConfigError, match=r"imported with warm_start.source='.*384p', the config says '/other'"):
         sample(_config(run, "/other"), True)
-    with pytest.raises(DataError, match=r"weights.safetensors: .*missing \(single_blocks.1"):
+    with pytest.raises(ConfigError, match=r"imported for another model: model.num_single_blocks: 1 -> 2 .*import_ch"):
         sample(_config(run, source, model={"num_single_blocks": 2}), True)
     with pytest.raises(ConfigError, match=r"no such file.*run jobs.import_checkpoint"):
         sample(_config(f"{run}2", source), True)
     with pytest.raises(ConfigError, match=r"sampling.weights='start', but neither warm_start.source nor warm_start"):
         sample(_config(run, None), True)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"rope_axes": [24, 20, 20]}, r"model.rope_axes: \[16, 24, 24\] -> \[24, 20, 20\]"),
+        ({"has_temporal_mask": False}, "model.has_temporal_mask: True -> False"),
+        ({"num_zigzag_paths": 1}, "model.num_zigzag_paths: 8 -> 1"),
+    ],
+)
+def test_start_weights_of_a_model_of_the_same_shapes_are_refused_too(
+    source: str, run: str, model: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{words} .file -> config.. Run jobs.import_checkpoint again"):
+        sample(_config(run, source, model=model), True)
+    # What changes no output may differ.
+    sample(_config(run, source, model={"recompute": True, "ssm": {"chunk_size": 32}}), True)
+
+
+def test_start_weights_of_before_are_compared_by_their_shapes(source: str, run: str) -> None:
+    """Their metadata does not say for which model they are."""
+    path = f"{run}/warm_start/weights.safetensors"
+    storage.write_tensors(path, storage.read_tensors(path), {"warm_start.source": source, "run.seed": "42"})
+    sample(_config(run, source), True)
+    with pytest.raises(DataError, match=r"weights.safetensors: .*missing \(single_blocks.1.*Run jobs.import_"):
+        sample(_config(run, source, model={"num_single_blocks": 2}), True)
 
 
 def test_a_codec_or_text_encoder_that_the_model_is_not_made_for_is_exit_2_with_both_numbers(tmp_path: Path) -> None:

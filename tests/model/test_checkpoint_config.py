@@ -26,7 +26,7 @@ def _write(folder: Path, config: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["", "/", "/weights.safetensors", "/weights.bin"])
+@pytest.mark.parametrize("name", ["", "/", "/weights.safetensors", "/weights.bin", "/weights.safetensors.index.json"])
 def test_a_config_that_fits_passes_and_another_is_found_beside_folder_and_file(name: str, tmp_path: Path) -> None:
     check_released_config(f"{tmp_path}{name}", OURS)
     _write(tmp_path, FITTING)
@@ -55,6 +55,12 @@ def test_a_config_that_fits_passes_and_another_is_found_beside_folder_and_file(n
 def test_every_field_that_differs_is_named_with_both_values(key: str, value: Any, words: str, tmp_path: Path) -> None:
     _write(tmp_path, FITTING | {key: value})
     with pytest.raises(ConfigError, match=re.escape(f"({key}: {words})")):
+        check_released_config(str(tmp_path), OURS)
+
+
+def test_another_network_is_refused_by_its_class(tmp_path: Path) -> None:
+    _write(tmp_path, FITTING | {"_class_name": "PyramidDiffusionMMDiT"})
+    with pytest.raises(ConfigError, match=r"describes a PyramidDiffusionMMDiT, and only .* \(PyramidFluxTransformer\)"):
         check_released_config(str(tmp_path), OURS)
 
 

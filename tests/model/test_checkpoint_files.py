@@ -81,6 +81,23 @@ def test_a_file_named_by_itself_is_read_whatever_lies_beside_it(tmp_path: Path) 
     assert find_files(f"{tmp_path}/{STEM}.bin", "here") == [f"{tmp_path}/{STEM}.bin"]
 
 
+def test_an_index_named_by_itself_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _indexed_pickles(tmp_path)
+    index = f"{STEM}.bin.index.json"
+    assert find_files(f"{tmp_path}/{index}", "here") == find_files(str(tmp_path), "here")
+    monkeypatch.chdir(tmp_path)
+    assert find_files(index, "here") == [f"./{name}" for name in _shard_names(".bin")]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("one.ckpt", "is a file ending in .ckpt"), ("weights", "is a file without an ending")]
+)
+def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=rf"here=.*{name}: {words}; read are .safetensors, .bin, .pt, .pth, and an"):
+        find_files(f"{tmp_path}/{name}", "here")
+
+
 def _nothing(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
 
@@ -125,7 +142,13 @@ def _cut(name: str, length: int) -> Callable[[Path], None]:
 
 
 def _more_than_tensors(folder: Path) -> None:
-    torch.save({"model": WEIGHTS, "step": 3}, folder / f"{STEM}.bin")
+    torch.save({"weights": WEIGHTS, "step": 3}, folder / f"{STEM}.bin")
+
+
+def _not_finite(folder: Path) -> None:
+    tensor = WEIGHTS["a.weight"].clone()
+    tensor[0, :2] = torch.nan
+    storage.write_tensors(str(folder / f"{STEM}.safetensors"), WEIGHTS | {"a.weight": tensor})
 
 
 def _a_header_that_lies(folder: Path) -> None:
@@ -150,7 +173,8 @@ def _a_header_that_lies(folder: Path) -> None:
         (_cut(f"{STEM}.safetensors", 5), DataError, r"model.safetensors: 5 bytes are no safetensors"),
         (_cut(f"{STEM}.bin", 700), DataError, r"model.bin: torch.load\(weights_only=True\) cannot read it"),
         (_cut(f"{STEM}.bin", 0), DataError, r"model.bin: torch.load\(weights_only=True\) cannot read it"),
-        (_more_than_tensors, DataError, r"model.bin: holds no state dict of tensors but keys \['model', 'step'\]"),
+        (_more_than_tensors, DataError, r"model.bin: holds no state dict of tensors but keys \['step', 'weights'\]"),
+        (_not_finite, DataError, r"model.safetensors: a.weight: 2 of 6 weights are not finite"),
         (_a_header_that_lies, DataError, r"a.weight of shape \[3, 3\] and float32 has 36 bytes.*gives it 24"),
     ],
 )
@@ -164,6 +188,11 @@ def test_what_is_missing_ambiguous_or_damaged_is_named(
             reader.read(name)
 
 
-def test_a_path_where_nothing_is_says_so(tmp_path: Path) -> None:
+def test_a_path_where_nothing_is_says_so_and_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"here=.*/none: there is no such file or folder"):
         find_files(f"{tmp_path}/none", "here")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"here=a/none \({tmp_path}/a/none\): there is no such file"):
+        find_files("a/none", "here")
