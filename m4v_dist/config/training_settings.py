@@ -52,6 +52,12 @@ class CurriculumStageSettings(Settings):
         min_length=1, description="Share of each source in the mix."
     )
     learning_rate: float = Field(default=1e-4, gt=0, le=1, description="Peak learning rate of this stage.")
+    fresh_learning_rate_scale: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="Learning rate of SSM mixers, registers and temporal branches over that of the rest.",
+    )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up at the start of this stage.")
     micro_batch_slots: PositiveInt = Field(default=4, description="Slots of one forward on one rank.")
     freeze: tuple[Literal["double_blocks"], ...] = Field(default=(), description="What does not train in this stage.")
@@ -69,7 +75,7 @@ class TrainerSettings(Settings):
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="AdamW moments.")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
     weight_decay: float = Field(
-        default=1e-4, ge=0, description="AdamW decay; none on 1-d parameters, A_log, D, dt_bias."
+        default=1e-4, ge=0, description="AdamW decay; none on 1-d parameters, registers, A_log, D, dt_bias."
     )
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this global norm.")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay of the moving average of weights.")

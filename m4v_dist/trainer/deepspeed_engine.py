@@ -171,14 +171,18 @@ class ZeroEngine:
         """
         self._engine.backward(loss * self.mesh.world_size, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float | None:
+    def step(self, lr: float, *, fresh_scale: float = 1.0) -> float | None:
         """Clip and move the weights (collective).
+
+        Args:
+            lr: learning rate of this step.
+            fresh_scale: the rate of fresh parameters (`optimizer.parameter_set`) over that of the others.
 
         Returns:
             The gradient's global norm before clipping, or None if it was not finite: then no rank moved anything.
         """
-        for group in self._zero.param_groups:
-            group["lr"] = lr
+        for of_optimizer, group in zip(self._zero.param_groups, self.groups, strict=True):
+            of_optimizer["lr"] = lr * fresh_scale if group.is_fresh else lr
         self._engine.step()
         if not self._engine.was_step_applied():
             return None
@@ -233,10 +237,10 @@ class ZeroEngine:
         return {group.name: int(self._moments(members[0])["step"].item()) for group, members in flats}
 
     def set_optimizer_steps(self, steps: Mapping[str, int]) -> None:
-        """Set the step counters; a group that was not saved (it was frozen) keeps 0."""
+        """Set the step counter of each group."""
         for group, members in zip(self.groups, self._flat_weights_by_group(), strict=True):
             for flat in members:
-                self._moments(flat)["step"].fill_(float(steps.get(group.name, 0)))
+                self._moments(flat)["step"].fill_(float(steps[group.name]))
 
     def close(self) -> None:
         """Take the hooks off and drop the buffers, so that another engine can be built."""

@@ -197,6 +197,7 @@ class Trainer:
         assert batch.step == self.step, f"the loader yields step {batch.step}, the trainer is at {self.step}"
         data_s = self.clock.lap()
         rate = learning_rate(curriculum_stage.settings, self.step - curriculum_stage.start)
+        fresh_scale = curriculum_stage.settings.fresh_learning_rate_scale
         tally = Tally()
         with self.engine.accumulate():
             for micro_batch in batch.micro_batches:
@@ -207,7 +208,7 @@ class Trainer:
         sums = tally.summed(self.mesh, bad_records=self.loader.num_bad_records, wants_stop=wants_stop)
         self.wants_stop = sums.wants_stop
         # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
-        norm = self.engine.step(rate) if math.isfinite(sums.loss) else None
+        norm = self.engine.step(rate, fresh_scale=fresh_scale) if math.isfinite(sums.loss) else None
         if not math.isfinite(sums.loss):
             self.engine.discard()
         if norm is not None:
@@ -223,7 +224,7 @@ class Trainer:
             row = train_row(sums, norm=norm, step_s=step_s, data_s=data_s, world_size=self.mesh.world_size)
             row |= {f"data/{name}/samples_seen": self.loader.samples_seen.get(name, 0) for name in self.sources}
             row |= {f"data/{name}/tokens_seen": self.loader.tokens_seen.get(name, 0) for name in self.sources}
-            row |= {"train/lr": rate, "train/skipped_steps": self.skipped.total}
+            row |= {"train/lr": rate, "train/lr_fresh": rate * fresh_scale, "train/skipped_steps": self.skipped.total}
             self._write("train", self.step, {"curriculum_stage": curriculum_stage.settings.name, **row})
         # After the row, which says what was not finite.
         self.skipped.require_finite(step=self.step, loss=sums.loss)
@@ -285,8 +286,7 @@ class Trainer:
 
     def _load(self, path: str) -> None:
         state = checkpoint.read_state(path)
-        load_tensors(path, self.engine, self.ema)
-        self.engine.set_optimizer_steps(state["optimizer_steps"])
+        load_tensors(path, self.engine, self.ema, state["optimizer_steps"])
         self.ema.num_updates = state["ema_updates"]
         self.loader.load_state_dict(state["loader"])
         self.skipped.total = state["skipped_steps"]

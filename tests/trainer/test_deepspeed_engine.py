@@ -14,6 +14,7 @@ from tests.trainer.ranks import run_fresh_ranks, run_ranks
 from tests.trainer.toy import ToyModel, toy_batch, toy_objective
 
 NUM_SLOTS = 12
+FRESH_SCALE = 3.0
 
 
 def _settings(zero_stage: int, **changes: Any) -> TrainerSettings:
@@ -26,7 +27,7 @@ def _train_step(engine: ZeroEngine, mesh: Mesh, step: int) -> float | None:
     with engine.accumulate():
         for indices in (mine[:1], mine[1:]):
             engine.backward(toy_objective(engine.model, toy_batch(step, indices, NUM_SLOTS)).loss)
-    return engine.step(lr=0.05)
+    return engine.step(lr=0.05, fresh_scale=FRESH_SCALE)
 
 
 def _full_weights(engine: ZeroEngine, mesh: Mesh) -> dict[str, Tensor]:
@@ -80,9 +81,10 @@ def _engine_job(zero_stage: int) -> dict[str, Any]:
 def _plain_torch() -> tuple[list[float], dict[str, Tensor]]:
     """The same three steps in one process: the whole batch at once, torch's own AdamW and clipping."""
     model, norms = ToyModel(0), []
-    decays = [p for n, p in model.named_parameters() if p.ndim > 1 and n != "register"]
-    others = [p for n, p in model.named_parameters() if p.ndim < 2 or n == "register"]
-    groups = [{"params": decays, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
+    decays = [p for n, p in model.named_parameters() if p.ndim > 1 and n != "registers"]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    fresh = {"params": [model.registers], "weight_decay": 0.0, "lr": 0.05 * FRESH_SCALE}
+    groups = [{"params": decays, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}, fresh]
     optimizer = torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95))
     for step in range(3):
         optimizer.zero_grad()

@@ -51,6 +51,7 @@ def test_curriculum_stages_change_freeze_set_rate_and_data_counts_at_their_bound
     assert [(row["curriculum_stage"], row["step"]) for row in rows(folder, "stage")] == [("first", 0), ("second", 4)]
     rates = [row["train/lr"] for row in rows(folder, "train")]
     assert rates == [0.05] * 4 + [0.01] + [0.02] * 5
+    assert [row["train/lr_fresh"] for row in rows(folder, "train")] == [4 * rate for rate in rates[:4]] + rates[4:]
     last = rows(folder, "train")[-1]
     assert last["data/clips/samples_seen"] == last["data/images/samples_seen"] == 6 * TOTAL
     assert last["data/clips/tokens_seen"] == 50 * 6 * TOTAL, "the loader counts, and nobody beside it"
@@ -59,7 +60,11 @@ def test_curriculum_stages_change_freeze_set_rate_and_data_counts_at_their_bound
     state = checkpoint.read_state(str(checkpoint.newest_committed(f"{folder}/checkpoints")))
     assert state["loader"] == {"cursor": 12 * TOTAL} and "seen" not in state
     steps = state["optimizer_steps"]
-    assert steps == {"double_blocks/decay": 6, "double_blocks/no_decay": 6, "rest/decay": 10, "rest/no_decay": 10}
+    assert {name: count for name, count in steps.items() if name.startswith("double_blocks/")} == {
+        "double_blocks/decay": 6,
+        "double_blocks/no_decay": 6,
+    }
+    assert {steps[name] for name in ("fresh/no_decay", "rest/decay", "rest/no_decay")} == {10} and len(steps) == 5
     losses = [row["validation/held_out_loss"] for row in rows(folder, "held_out")]
     assert [row["step"] for row in rows(folder, "held_out")] == [0, TOTAL]
     assert losses[1] < losses[0]
@@ -74,7 +79,7 @@ def _filled_jobs(folder: str) -> list[str]:
 
         def fill(model: nn.Module) -> None:
             assert isinstance(model, ToyModel)
-            nn.init.constant_(model.register, 0.25)
+            nn.init.constant_(model.registers, 0.25)
             filled.append(name)
 
         trainer.fill_start = fill
