@@ -197,7 +197,9 @@ def require_trained_settings(config: RunConfig, codec: Codec, path: str) -> None
         if change.key.startswith(TRAINED_SECTIONS) or change.key in TRAINED_KEYS
     ]
     moved = [change for change in differing if change.key in ("codec.weights", "text_encoder.weights")]
-    refused = [str(change) for change in differing if change not in moved and change.key != "model.recompute"]
+    refused = [
+        str(change) for change in differing if change not in moved and not change.key.startswith("model.recompute")
+    ]
     if refused:
         raise ConfigError(
             f"{path} was trained with other settings: {'; '.join(refused)} (checkpoint -> config). Sample with the "

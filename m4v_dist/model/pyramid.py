@@ -9,11 +9,8 @@ Legend: `c` latent channels, `t` `h` `w` latent frames and grid, `lt` `lv` text 
 columns, `d` width.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from m4v_dist.batch import Column, ModelInput
 from m4v_dist.blocks.embed import ConditioningEmbedding, patchify, rope_table, unpatchify
@@ -21,6 +18,7 @@ from m4v_dist.blocks.layout import ColumnShape, FrameShape, packed_layout
 from m4v_dist.blocks.mm_dim import NUM_REGISTERS, UnifiedBlock
 from m4v_dist.blocks.mm_dit import DoubleBlock
 from m4v_dist.blocks.modulation import Modulation, modulate
+from m4v_dist.blocks.recompute import run_block
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 
 MAX_TIMESTEP = 1000
@@ -75,11 +73,13 @@ class PyramidModel(nn.Module):
         patches = [patchify(clip.to(device, torch.float32), patch) for column in columns for clip in column.clips]
         video = self.video_in(torch.cat(patches)).float()
         rotary = rope_table(layout, self.settings.rope_axes)
-        for block in self.double_blocks:
-            text, video = self._run(block, text, video, conditioning, rotary, layout)
+        for number, block in enumerate(self.double_blocks):
+            recompute = self.settings.recompute_of(number, len(self.double_blocks))
+            text, video = run_block(block, recompute, text, video, conditioning, rotary, layout)
         tokens = torch.cat([text, video])  # l d
-        for block in self.single_blocks:
-            tokens = self._run(block, tokens, conditioning, layout)
+        for number, block in enumerate(self.single_blocks):
+            recompute = self.settings.recompute_of(number, len(self.single_blocks))
+            tokens = run_block(block, recompute, tokens, conditioning, layout)
         noisy = tokens[layout.num_text :].index_select(0, layout.noisy)
         scale, shift = self.modulation_out(conditioning)
         velocities = self.video_out(modulate(noisy, shift, scale, layout.noisy_lengths)).float()
@@ -95,11 +95,6 @@ class PyramidModel(nn.Module):
         timestep = torch.stack([column.timestep.to(device, torch.float32).reshape(()) for column in columns])
         pooled = torch.stack([column.text.pooled.to(device, torch.float32) for column in columns])
         return self.conditioning(timestep, pooled)
-
-    def _run(self, block: nn.Module, *args: Any) -> Any:
-        if self.settings.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
 
 def column_shape(column: Column, settings: ModelSettings, number: int = 0) -> ColumnShape:

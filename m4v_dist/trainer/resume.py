@@ -23,6 +23,7 @@ FREE_KEYS = (
     "run.name",
     "run.folder",
     "model.recompute",
+    "model.recompute_fraction",
     "trainer.zero_stage",
     "trainer.checkpoint_every_steps",
     "trainer.keep_last",
