@@ -1,8 +1,6 @@
-"""DeepSpeed behind a small wrapper: settings to its dict, gradients of a whole step, slices by name and range.
+"""DeepSpeed behind a small wrapper: settings to its dict, gradients of a whole step.
 
-The only file that imports deepspeed. A `Slice` is what one rank owns of one parameter: a range of the flattened
-parameter and views of the fp32 weight and of AdamW's two moments, whatever the ZeRO stage. Checkpoint and EMA know
-slices only, so both re-shard without a conversion.
+The only file that imports deepspeed. What a rank owns of each parameter: `zero_slices.py`.
 
 Three traps of DeepSpeed 0.19 shape this file:
 - `bf16.enabled` turns every parameter, A_log too, to bfloat16 inside forward; its `torch_autocast` section does not.
@@ -17,7 +15,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,29 +23,9 @@ from torch import Tensor, nn
 from m4v_dist.config.training_settings import TrainerSettings
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer.optimizer import ParameterGroup, is_frozen, parameter_groups
+from m4v_dist.trainer.zero_slices import Slice, ZeroSlices
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What this rank owns of one parameter.
-
-    Args:
-        name: the parameter's name in the model.
-        start: first element of the flattened parameter that is owned.
-        num_elements: elements of the whole parameter.
-        weight: flat view of the fp32 weight, elements start .. start + len.
-        exp_avg: flat view of AdamW's first moment; None for a frozen parameter.
-        exp_avg_sq: flat view of AdamW's second moment; None for a frozen parameter.
-    """
-
-    name: str
-    start: int
-    num_elements: int
-    weight: Tensor
-    exp_avg: Tensor | None = None
-    exp_avg_sq: Tensor | None = None
 
 
 def deepspeed_config(settings: TrainerSettings, *, micro_batch_slots: int, world_size: int) -> dict[str, Any]:
@@ -149,7 +126,8 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self._parameters = dict(self._engine.module.named_parameters())
-        self._create_moments()
+        self._slices = ZeroSlices(self._zero, self._parameters, mesh, self.zero_stage)
+        self._slices.create_moments()
 
     @property
     def model(self) -> nn.Module:
@@ -204,19 +182,11 @@ class ZeroEngine:
 
     def slices(self) -> list[Slice]:
         """This rank's slices, in model order; over all ranks they cover each parameter exactly once."""
-        found = (self._slice(name, parameter) for name, parameter in self._parameters.items())
-        return [item for item in found if item is not None and len(item.weight)]
+        return self._slices.owned()
 
     def slices_to_load(self) -> list[Slice]:
         """The same, but with frozen parameters whole where every rank holds them whole (ZeRO 1 and 2)."""
-        if self.zero_stage == 3:
-            return self.slices()
-        whole = {
-            name: Slice(name, 0, parameter.numel(), parameter.data.view(-1))
-            for name, parameter in self._parameters.items()
-            if not parameter.requires_grad
-        }
-        return [item for item in self.slices() if item.name not in whole] + list(whole.values())
+        return self._slices.to_load()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -233,86 +203,15 @@ class ZeroEngine:
 
     def optimizer_steps(self) -> dict[str, int]:
         """AdamW's step counter of each group."""
-        flats = zip(self.groups, self._flat_weights_by_group(), strict=True)
-        return {group.name: int(self._moments(members[0])["step"].item()) for group, members in flats}
+        return {group.name: steps for group, steps in zip(self.groups, self._slices.steps(), strict=True)}
 
     def set_optimizer_steps(self, steps: Mapping[str, int]) -> None:
         """Set the step counter of each group."""
-        for group, members in zip(self.groups, self._flat_weights_by_group(), strict=True):
-            for flat in members:
-                self._moments(flat)["step"].fill_(float(steps[group.name]))
+        self._slices.set_steps([steps[group.name] for group in self.groups])
 
     def close(self) -> None:
         """Take the hooks off and drop the buffers, so that another engine can be built."""
         self._engine.destroy()
-
-    # ---- what differs between the ZeRO stages
-
-    def _flat_weights_by_group(self) -> list[list[Tensor]]:
-        """The flat fp32 tensors that AdamW moves on this rank, for each group."""
-        if self.zero_stage < 3:
-            return [[flat] for flat in self._zero.single_partition_of_fp32_groups]
-        by_group: list[list[Tensor]] = [[] for _ in self.groups]
-        for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
-            by_group[self._zero.sub_group_to_group_id[number]].append(flat)
-        return by_group
-
-    def _moments(self, flat: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self._zero.optimizer.state[flat]
-        return state
-
-    def _create_moments(self) -> None:
-        """Create AdamW's state as its first step would, so that a checkpoint of step 0 and a load have a target."""
-        for members in self._flat_weights_by_group():
-            for flat in members:
-                self._moments(flat).update(
-                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat)
-                )
-
-    def _slice(self, name: str, parameter: nn.Parameter) -> Slice | None:
-        if not parameter.requires_grad:
-            return self._frozen_slice(name, parameter)
-        if self.zero_stage < 3:
-            return self._fragment(name, parameter)
-        return self._partition(name, parameter)
-
-    def _fragment(self, name: str, parameter: nn.Parameter) -> Slice | None:
-        """ZeRO 1 and 2: the parameter's part in this rank's share of its group's flat fp32 tensor."""
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            return None
-        flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        at, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-        start = mapping.lp_fragment_address.start
-        return self._views(Slice(name, start, parameter.numel(), flat.data), flat, at, length)
-
-    def _partition(self, name: str, parameter: nn.Parameter) -> Slice:
-        """ZeRO 3: rank r holds elements r p .. (r + 1) p of the parameter, the last rank with padding."""
-        number, at, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
-        flat = self._zero.fp32_partitioned_groups_flat[number]
-        start = self.mesh.rank * padded
-        size = parameter.ds_numel  # type: ignore[attr-defined]
-        return self._views(Slice(name, start, size, flat.data), flat, at, max(0, min(padded, size - start)))
-
-    def _views(self, whole: Slice, flat: Tensor, at: int, length: int) -> Slice:
-        moments = self._moments(flat)
-        return replace(
-            whole,
-            weight=flat.data.narrow(0, at, length),
-            exp_avg=moments["exp_avg"].narrow(0, at, length),
-            exp_avg_sq=moments["exp_avg_sq"].narrow(0, at, length),
-        )
-
-    def _frozen_slice(self, name: str, parameter: nn.Parameter) -> Slice:
-        """A frozen parameter: the partition of ZeRO 3, or an even share of what every rank holds whole."""
-        if self.zero_stage == 3:
-            flat, size = parameter.ds_tensor.data.view(-1), parameter.ds_numel  # type: ignore[attr-defined]
-            start = self.mesh.rank * flat.numel()
-            return Slice(name, start, size, flat.narrow(0, 0, max(0, min(flat.numel(), size - start))))
-        flat = parameter.data.view(-1)
-        share = math.ceil(flat.numel() / self.mesh.world_size)
-        start = min(self.mesh.rank * share, flat.numel())
-        return Slice(name, start, flat.numel(), flat[start : start + share])
 
     def _fill_missing_gradients(self) -> None:
         """Give a zero gradient to what this rank's graph did not touch, so that all ranks reduce the same list."""
