@@ -4,6 +4,7 @@ The composition root of training: what each worker builds, and what is checked b
 same command on a run folder that is not empty goes on from its newest committed checkpoint; after the end it says so.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -39,7 +40,7 @@ from m4v_dist.trainer.deepspeed_engine import model_state_bytes
 from m4v_dist.trainer.optimizer import is_frozen
 from m4v_dist.trainer.resume import require_same_run
 from m4v_dist.trainer.trainer import Trainer
-from m4v_dist.weights_file import fill_weights
+from m4v_dist.weights_file import WeightsFile, fill_weights
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +98,19 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
     cache = LatentCache.open(config.precompute.cache)
     normalization = LatentNormalization.from_json(cache.manifest["normalization"])
 
-    def fill_start(model: nn.Module) -> None:
+    @functools.cache
+    def start_weights(path: str) -> WeightsFile:
+        logger.info("beginning with the weights of %s", path)
+        return WeightsFile(path)
+
+    def fill_start(name: str, part: nn.Module) -> None:
         if config.start_weights is not None:
-            logger.info("beginning with the weights of %s", config.start_weights)
-            fill_weights(model, config.start_weights)
+            fill_weights(part, start_weights(config.start_weights), name)
 
     trainer = Trainer(
         config,
         mesh,
-        build_model=lambda: build_model(config.model, config.kernels, seed=config.run.seed),
+        build_model=lambda place: build_model(config.model, config.kernels, seed=config.run.seed, place=place),
         fill_start=fill_start,
         objective=PyramidFlowMatching(config.objective, normalization.normalize, mesh.device),
         loader=build_loader(config, cache, mesh.rank, mesh.world_size),

@@ -53,6 +53,7 @@ class WeightsFile:
     """
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self._tensors = _open(path) if path.endswith(SAFETENSORS) else unpickle(path, "cpu", is_mapped=True)
         if isinstance(self._tensors, dict):
             self.layout = _state_layout(self._tensors)
@@ -85,16 +86,22 @@ def load_weights(module: nn.Module, path: str) -> None:
 
 
 @torch.no_grad()
-def fill_weights(module: nn.Module, path: str) -> None:
+def fill_weights(module: nn.Module, file: WeightsFile, prefix: str = "") -> None:
     """Copy the file's weights into `module`'s own memory, tensor by tensor; strict.
+
+    Args:
+        module: the file's network, or a part of it.
+        file: opened once for all parts.
+        prefix: name of the part in the network; "" is the whole.
 
     Raises:
         DataError: see `read_layout` and `require_layout`.
     """
-    file = WeightsFile(path)
-    require_layout(path, file.layout, module.state_dict())
+    start = f"{prefix}." if prefix else ""
+    layout = {name.removeprefix(start): entry for name, entry in file.layout.items() if name.startswith(start)}
+    require_layout(f"{file.path}: {prefix}" if prefix else file.path, layout, module.state_dict())
     for name, tensor in module.state_dict().items():
-        tensor.copy_(file.read(name))
+        tensor.copy_(file.read(start + name))
 
 
 def require_layout(path: str, found: Mapping[str, TensorLayout], wanted: Mapping[str, Tensor]) -> None:

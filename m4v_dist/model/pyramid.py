@@ -24,6 +24,15 @@ from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 MAX_TIMESTEP = 1000
 
 
+class VelocityOut(nn.Linear):
+    """The output layer; starts at zero, so that the first prediction is zero."""
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Zero weight and bias."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class PyramidModel(nn.Module):
     """Columns of history and noisy latents to velocities.
 
@@ -45,12 +54,7 @@ class PyramidModel(nn.Module):
             UnifiedBlock(settings, kernels, number) for number in range(settings.num_single_blocks)
         )
         self.modulation_out = Modulation(width, 2)
-        self.video_out = nn.Linear(width, patch_width)
-
-    def initialize(self, generator: torch.Generator) -> None:
-        """Zero the output layer: the first prediction is zero."""
-        nn.init.zeros_(self.video_out.weight)
-        nn.init.zeros_(self.video_out.bias)
+        self.video_out = VelocityOut(width, patch_width)
 
     def forward(self, model_input: ModelInput) -> list[Tensor]:
         """Predict the velocity of each column's last clip.

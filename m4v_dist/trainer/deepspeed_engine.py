@@ -40,7 +40,13 @@ def deepspeed_config(settings: TrainerSettings, *, micro_batch_slots: int, world
         "gradient_clipping": settings.max_grad_norm,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "overlap_comm": False,
+            # It would replace torch.nn.functional.linear for the whole process, by one that adds its bias in place to
+            # what selective recompute keeps.
+            "memory_efficient_linear": False,
+        },
     }
     if settings.precision == "bfloat16":
         # No "safe" modules: a module on that list has its gradients reduced in bfloat16 too.
@@ -73,13 +79,31 @@ def prepare_process(mesh: Mesh) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def partition(part: nn.Module, settings: TrainerSettings, mesh: Mesh) -> None:
+    """Under ZeRO 3: leave each rank its share of a part's parameters, and free the rest (collective).
+
+    Rank 0's values count. A model that is built part by part so takes, at any time, its own share and the largest part
+    whole. Parameters stay float32. Under ZeRO 1 and 2 nothing happens: each rank holds all weights.
+    """
+    if settings.zero_stage < 3:
+        return
+    prepare_process(mesh)
+    import deepspeed
+
+    # Without a dtype of its own it takes the config's, float32; one that is given it takes for another (0.19.8).
+    deepspeed.zero.Init(
+        module=part,
+        config_dict_or_path=deepspeed_config(settings, micro_batch_slots=1, world_size=mesh.world_size),
+    )
+
+
 class ZeroEngine:
     """A model under ZeRO 1, 2 or 3 with AdamW.
 
     Building one is collective and takes the model over: its parameters are moved into DeepSpeed's buffers.
 
     Args:
-        model: float32 parameters, on any device.
+        model: float32 parameters, on any device; whole, or under ZeRO 3 partitioned by `partition`.
         settings: optimizer, clipping, ZeRO stage, precision.
         freeze: parameter sets that do not train as long as this engine lives.
         micro_batch_slots: slots of one forward.
@@ -103,7 +127,9 @@ class ZeroEngine:
         for name, parameter in model.named_parameters():
             # DeepSpeed never moves a parameter that is unfrozen later, so this holds for the engine's whole life.
             parameter.requires_grad_(not is_frozen(name, freeze))
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()
+        }
         self.groups: tuple[ParameterGroup, ...] = parameter_groups(model.named_parameters(), freeze)
         parameters = dict(model.named_parameters())
         optimizer = torch.optim.AdamW(

@@ -26,13 +26,13 @@ from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.attempt import begin_attempt
 from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at
-from m4v_dist.trainer.deepspeed_engine import ZeroEngine
+from m4v_dist.trainer.deepspeed_engine import ZeroEngine, partition
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.guards import Clock, SkippedSteps
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
 from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
-from m4v_dist.trainer.seams import Loader, Objective, StepBatch
+from m4v_dist.trainer.seams import BuildModel, Loader, Objective, Place, StepBatch
 from m4v_dist.trainer.tally import Tally, train_row
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ class Trainer:
     Args:
         config: the run.
         mesh: rank facts.
-        build_model: builds the model with fresh weights, the same on every rank.
-        fill_start: fills a model that no checkpoint will fill, of a run at its start, in place; a resume never asks.
+        build_model: builds the model with fresh weights, part by part.
+        fill_start: fills, part by part and in place, a model that no checkpoint will fill; a resume never asks.
         objective: called with the engine's model and a micro-batch.
         loader: this rank's.
         should_stop: asked on rank 0 in each step; True saves after that step and ends with PreemptedError.
@@ -71,10 +71,10 @@ class Trainer:
         config: RunConfig,
         mesh: Mesh,
         *,
-        build_model: Callable[[], nn.Module],
+        build_model: BuildModel,
         objective: Objective,
         loader: Loader,
-        fill_start: Callable[[nn.Module], None] = lambda _: None,
+        fill_start: Place = lambda _name, _part: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.mesh, self.objective, self.loader = config, mesh, objective, loader
@@ -153,11 +153,14 @@ class Trainer:
     def _enter(self, curriculum_stage: CurriculumStage) -> None:
         """Build the engine of a curriculum stage and fill it from the newest checkpoint, if there is one."""
         settings, config = curriculum_stage.settings, self.config
-        model = self.build_model()
-        if self.saved is None:
-            self.fill_start(model)
+
+        def place(name: str, part: nn.Module) -> None:
+            if self.saved is None:
+                self.fill_start(name, part)
+            partition(part, config.trainer, self.mesh)
+
         self.engine = ZeroEngine(
-            model,
+            self.build_model(place),
             config.trainer,
             freeze=settings.freeze,
             micro_batch_slots=settings.micro_batch_slots,

@@ -18,7 +18,7 @@ from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.trainer import Trainer
 from tests.trainer.ranks import run_ranks
-from tests.trainer.toy import ToyLoader, ToyModel, ToyOutput, toy_config, toy_objective
+from tests.trainer.toy import ToyLoader, ToyModel, ToyOutput, build_toy, toy_config, toy_objective
 
 TOTAL = 10
 
@@ -27,7 +27,7 @@ def _trainer(folder: str, *, objective: Any = toy_objective, **settings: Any) ->
     mesh = Mesh.of_process_group(use_gpu=False)
     loader = ToyLoader(12, mesh.rank, mesh.world_size, micro=3)
     config = toy_config(folder, **settings)
-    return Trainer(config, mesh, build_model=lambda: ToyModel(5), objective=objective, loader=loader)
+    return Trainer(config, mesh, build_model=build_toy, objective=objective, loader=loader)
 
 
 def _straight_job(folder: str) -> int:
@@ -77,7 +77,7 @@ def _filled_jobs(folder: str) -> list[str]:
     def attempt(name: str, **options: Any) -> Trainer:
         trainer = _trainer(folder, **options)
 
-        def fill(model: nn.Module) -> None:
+        def fill(_: str, model: nn.Module) -> None:
             assert isinstance(model, ToyModel)
             nn.init.constant_(model.registers, 0.25)
             filled.append(name)

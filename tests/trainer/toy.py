@@ -1,6 +1,6 @@
 """A toy model, objective and loader with the seams of the real ones, small enough to run a step in milliseconds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,13 @@ class ToyModel(nn.Module):
         values = values * torch.exp(self.A_log) + self.registers.sum(0)
         # A branch that only some ranks take: their graphs differ, as with images beside video.
         return values + self.only_late.mean(0) if unit > 1 else values
+
+
+def build_toy(place: Callable[[str, nn.Module], None]) -> ToyModel:
+    """The model as one part."""
+    model = ToyModel(5)
+    place("", model)
+    return model
 
 
 @dataclass(frozen=True)
