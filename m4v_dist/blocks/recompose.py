@@ -42,6 +42,7 @@ class RecompositionPlan:
     cu_seqlens: Tensor
 
 
+@torch.compiler.disable
 def recomposition_plan(
     layout: PackedLayout, path: int, *, has_text_sandwich: bool, has_registers: bool
 ) -> RecompositionPlan:

@@ -72,6 +72,9 @@ class TrainerSettings(Settings):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of matmuls; parameters stay float32."
     )
+    compile: Literal["none", "blocks"] = Field(
+        default="none", description="What goes through torch.compile: nothing, or the model's blocks, one by one."
+    )
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="AdamW moments.")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
     weight_decay: float = Field(

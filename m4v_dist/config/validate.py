@@ -16,6 +16,11 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"sources: {twice} stand twice; give each source its own name.")
     _validate_batch(config)
     _validate_sizes(config)
+    if config.trainer.compile == "blocks" and config.model.recompute == "selective":
+        raise ConfigError(
+            'trainer.compile="blocks" hides the linears from model.recompute="selective", which would keep nothing of '
+            'them; set model.recompute="blocks", or trainer.compile="none".'
+        )
     train_names = {source.name for source in config.train_sources}
     cached = set(config.precompute.buckets)
     for stage in config.curriculum:

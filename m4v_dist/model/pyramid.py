@@ -56,6 +56,11 @@ class PyramidModel(nn.Module):
         self.modulation_out = Modulation(width, 2)
         self.video_out = VelocityOut(width, patch_width)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks in the order that tokens pass them; each uses all its parameters in every forward."""
+        return [*self.double_blocks, *self.single_blocks]
+
     def forward(self, model_input: ModelInput) -> list[Tensor]:
         """Predict the velocity of each column's last clip.
 

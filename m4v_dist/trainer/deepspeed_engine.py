@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from m4v_dist.config.training_settings import TrainerSettings
+from m4v_dist.errors import ConfigError
 from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.trainer.compiled_blocks import compile_blocks
 from m4v_dist.trainer.optimizer import ParameterGroup, is_frozen, parameter_groups
 from m4v_dist.trainer.zero_slices import Slice, ZeroSlices
 
@@ -124,6 +126,7 @@ class ZeroEngine:
 
         self.mesh = mesh
         self.zero_stage = settings.zero_stage
+        self._prepare_blocks(model, settings)
         for name, parameter in model.named_parameters():
             # DeepSpeed never moves a parameter that is unfrozen later, so this holds for the engine's whole life.
             parameter.requires_grad_(not is_frozen(name, freeze))
@@ -154,6 +157,19 @@ class ZeroEngine:
         self._parameters = dict(self._engine.module.named_parameters())
         self._slices = ZeroSlices(self._zero, self._parameters, mesh, self.zero_stage)
         self._slices.create_moments()
+
+    def _prepare_blocks(self, model: nn.Module, settings: TrainerSettings) -> None:
+        """Under ZeRO 3: gather and release a block as one; and compile the blocks where that is asked for."""
+        from deepspeed.utils import set_z3_leaf_module
+
+        blocks: list[nn.Module] = getattr(model, "blocks", [])
+        if settings.zero_stage == 3:
+            for block in blocks:
+                set_z3_leaf_module(block, True)
+        if settings.compile == "blocks":
+            if not blocks:
+                raise ConfigError(f'trainer.compile="blocks", but a {type(model).__name__} has none; set it to "none".')
+            compile_blocks(blocks)
 
     @property
     def model(self) -> nn.Module:

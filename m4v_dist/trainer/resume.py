@@ -25,6 +25,7 @@ FREE_KEYS = (
     "model.recompute",
     "model.recompute_fraction",
     "trainer.zero_stage",
+    "trainer.compile",
     "trainer.checkpoint_every_steps",
     "trainer.keep_last",
     "trainer.keep_every_steps",
