@@ -30,15 +30,16 @@ from m4v_dist.trainer.zero_slices import Slice, ZeroSlices
 logger = logging.getLogger(__name__)
 
 
-def deepspeed_config(settings: TrainerSettings, *, micro_batch_slots: int, world_size: int) -> dict[str, Any]:
+def deepspeed_config(settings: TrainerSettings, *, micro_batch_slots: int, mesh: Mesh) -> dict[str, Any]:
     """Translate settings to DeepSpeed's dict.
 
     Gradient accumulation is 1 here: one `ZeroEngine.accumulate()` block is one step, however many micro-batches it has.
     """
+    has_gpu = mesh.device.type == "cuda"
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_slots,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": micro_batch_slots * world_size,
+        "train_batch_size": micro_batch_slots * mesh.world_size,
         "gradient_clipping": settings.max_grad_norm,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
@@ -50,6 +51,10 @@ def deepspeed_config(settings: TrainerSettings, *, micro_batch_slots: int, world
             "memory_efficient_linear": False,
         },
     }
+    if settings.offload == "optimizer":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": has_gpu}
+        # Else it insists on its own AdamW for CPUs, which needs a compiler at start; torch has a fused one too.
+        config["zero_force_ds_cpu_optimizer"] = False
     if settings.precision == "bfloat16":
         # No "safe" modules: a module on that list has its gradients reduced in bfloat16 too.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -95,7 +100,7 @@ def partition(part: nn.Module, settings: TrainerSettings, mesh: Mesh) -> None:
     # Without a dtype of its own it takes the config's, float32; one that is given it takes for another (0.19.8).
     deepspeed.zero.Init(
         module=part,
-        config_dict_or_path=deepspeed_config(settings, micro_batch_slots=1, world_size=mesh.world_size),
+        config_dict_or_path=deepspeed_config(settings, micro_batch_slots=1, mesh=mesh),
     )
 
 
@@ -126,6 +131,7 @@ class ZeroEngine:
 
         self.mesh = mesh
         self.zero_stage = settings.zero_stage
+        self.is_offloaded = settings.offload == "optimizer"
         self._prepare_blocks(model, settings)
         for name, parameter in model.named_parameters():
             # DeepSpeed never moves a parameter that is unfrozen later, so this holds for the engine's whole life.
@@ -147,11 +153,12 @@ class ZeroEngine:
             lr=0.0,
             betas=settings.betas,
             eps=settings.epsilon,
+            fused=True if self.is_offloaded else None,
         )
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(settings, micro_batch_slots=micro_batch_slots, world_size=mesh.world_size),
+            config=deepspeed_config(settings, micro_batch_slots=micro_batch_slots, mesh=mesh),
             dist_init_required=False,
         )
         self._parameters = dict(self._engine.module.named_parameters())
@@ -211,10 +218,15 @@ class ZeroEngine:
     def discard(self) -> None:
         """Drop this step's gradients on all ranks; weights and moments stay as they are (collective)."""
         # A NaN in the reduced gradients walks DeepSpeed's own way of skipping a step, at each stage: the global norm
-        # is agreed by all ranks, and an invalid one returns before the optimizer.
-        for gradients in self._zero.averaged_gradients.values():
-            for gradient in gradients or ():
-                gradient.fill_(math.nan)
+        # is agreed by all ranks, and an invalid one returns before the optimizer. With offload the gradients are on the
+        # host by now, and the norm is put together from one number for each parameter.
+        if self.is_offloaded:
+            norms = self._zero.norm_for_param_grads
+            norms.update(dict.fromkeys(norms, torch.tensor(math.nan)))
+        else:
+            for gradients in self._zero.averaged_gradients.values():
+                for gradient in gradients or ():
+                    gradient.fill_(math.nan)
         norm = self.step(lr=0.0)
         assert norm is None, "a step with NaN gradients moved the weights"
 

@@ -25,6 +25,7 @@ FREE_KEYS = (
     "model.recompute",
     "model.recompute_fraction",
     "trainer.zero_stage",
+    "trainer.offload",
     "trainer.compile",
     "trainer.checkpoint_every_steps",
     "trainer.keep_last",

@@ -42,10 +42,12 @@ def _full_weights(engine: ZeroEngine, mesh: Mesh) -> dict[str, Tensor]:
     return {name: values.view(engine.shapes[name]) for name, values in whole.items()}
 
 
-def _engine_job(zero_stage: int) -> dict[str, Any]:
+def _engine_job(zero_stage: int, offload: str) -> dict[str, Any]:
     mesh = Mesh.of_process_group(use_gpu=False)
-    settings = _settings(zero_stage, max_grad_norm=0.5)
+    settings = _settings(zero_stage, max_grad_norm=0.5, offload=offload)
     engine = ZeroEngine(ToyModel(0), settings, freeze=(), micro_batch_slots=3, mesh=mesh)
+    is_offloaded = engine._zero.offload_optimizer if zero_stage == 3 else engine._zero.cpu_offload
+    assert is_offloaded == (offload == "optimizer")
     norms = [_train_step(engine, mesh, step) for step in range(3)]
     answer: dict[str, Any] = {"norms": norms, "weights": _full_weights(engine, mesh)}
     # one rank meets a NaN: no rank may move
@@ -94,9 +96,13 @@ def _plain_torch() -> tuple[list[float], dict[str, Tensor]]:
     return norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda stage: f"zero{stage}")
+@pytest.fixture(
+    scope="module",
+    params=[(1, "none"), (2, "none"), (3, "none"), (1, "optimizer"), (2, "optimizer"), (3, "optimizer")],
+    ids=lambda case: f"zero{case[0]}" + ("-offload" if case[1] == "optimizer" else ""),
+)
 def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return run_ranks(_engine_job, 2, request.param)
+    return run_ranks(_engine_job, 2, *request.param)
 
 
 def test_two_ranks_with_different_graphs_move_as_one_process_would(answers: list[dict[str, Any]]) -> None:
