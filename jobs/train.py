@@ -20,6 +20,7 @@ from data_pipeline.loader import LatentLoader
 from data_pipeline.slot_plan import SlotPlanner
 from jobs import cli
 from m4v_dist import storage
+from m4v_dist.blocks.lora import is_adapter
 from m4v_dist.config.load import config_from_json, config_to_json
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
@@ -105,7 +106,7 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
 
     def fill_start(name: str, part: nn.Module) -> None:
         if config.start_weights is not None:
-            fill_weights(part, start_weights(config.start_weights), name)
+            fill_weights(part, start_weights(config.start_weights), name, stays=is_adapter)
 
     trainer = Trainer(
         config,

@@ -7,7 +7,7 @@ runs no code). Local or s3://. Weights are handed out in float32: float32, bfloa
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,21 +86,25 @@ def load_weights(module: nn.Module, path: str) -> None:
 
 
 @torch.no_grad()
-def fill_weights(module: nn.Module, file: WeightsFile, prefix: str = "") -> None:
+def fill_weights(
+    module: nn.Module, file: WeightsFile, prefix: str = "", *, stays: Callable[[str], bool] = lambda _: False
+) -> None:
     """Copy the file's weights into `module`'s own memory, tensor by tensor; strict.
 
     Args:
         module: the file's network, or a part of it.
         file: opened once for all parts.
         prefix: name of the part in the network; "" is the whole.
+        stays: whether a tensor of this name is not in the file and stays as it is.
 
     Raises:
         DataError: see `read_layout` and `require_layout`.
     """
     start = f"{prefix}." if prefix else ""
     layout = {name.removeprefix(start): entry for name, entry in file.layout.items() if name.startswith(start)}
-    require_layout(f"{file.path}: {prefix}" if prefix else file.path, layout, module.state_dict())
-    for name, tensor in module.state_dict().items():
+    wanted = {name: tensor for name, tensor in module.state_dict().items() if not stays(name)}
+    require_layout(f"{file.path}: {prefix}" if prefix else file.path, layout, wanted)
+    for name, tensor in wanted.items():
         tensor.copy_(file.read(start + name))
 
 

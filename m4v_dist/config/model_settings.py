@@ -43,6 +43,16 @@ class SsmSettings(Settings):
     gate: Literal["silu", "sum"] = Field(default="silu", description="How the FC branch z joins the scan's output.")
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters beside the blocks' linears; the stages freeze the base."""
+
+    rank: int = Field(default=0, ge=0, le=1024, description="Rank of an adapter; 0: there are none.")
+    alpha: float = Field(default=16.0, gt=0, description="Scale of an adapter's output, over its rank.")
+    targets: tuple[Literal["attention", "ssm", "feed_forward"], ...] = Field(
+        default=("attention", "ssm", "feed_forward"), min_length=1, description="Which linears of a block have one."
+    )
+
+
 class ModelSettings(Settings):
     """The pyramid backbone; `preset`, `ablation` and `ssm.variant` fill in what the file leaves out (`presets.py`)."""
 
@@ -77,6 +87,7 @@ class ModelSettings(Settings):
     )
     temporal_width: PositiveInt = Field(description="Width of the temporal branch.")
     temporal_heads: PositiveInt = Field(description="Heads of the temporal branch.")
+    lora: LoraSettings = Field(default=LoraSettings(), description="Adapters on a frozen base.")
     recompute: Literal["none", "blocks", "selective"] = Field(
         default="none",
         description="What a block computes again in backward, to save memory: nothing; all; or all but linears, fused "

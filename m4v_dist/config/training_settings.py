@@ -60,7 +60,9 @@ class CurriculumStageSettings(Settings):
     )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up at the start of this stage.")
     micro_batch_slots: PositiveInt = Field(default=4, description="Slots of one forward on one rank.")
-    freeze: tuple[Literal["double_blocks"], ...] = Field(default=(), description="What does not train in this stage.")
+    freeze: tuple[Literal["double_blocks", "embedders", "base"], ...] = Field(
+        default=(), description="What does not train in this stage; base is all but the adapters of model.lora."
+    )
 
 
 class TrainerSettings(Settings):

@@ -16,6 +16,14 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"sources: {twice} stand twice; give each source its own name.")
     _validate_batch(config)
     _validate_sizes(config)
+    for stage in config.curriculum:
+        rank = config.model.lora.rank
+        if ("base" in stage.freeze) != (rank > 0):
+            raise ConfigError(
+                f"curriculum {stage.name!r}: freeze={list(stage.freeze)}, but model.lora.rank={rank}; "
+                'adapters train on a frozen base and nothing trains without them: give every stage freeze = ["base"] '
+                "and a rank, or neither."
+            )
     if config.trainer.compile == "blocks" and config.model.recompute == "selective":
         raise ConfigError(
             'trainer.compile="blocks" hides the linears from model.recompute="selective", which would keep nothing of '

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from m4v_dist.batch import derive_seed
+from m4v_dist.blocks.lora import add_adapters
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.errors import ConfigError
 from m4v_dist.kernels.scan import BackendUnavailable, require_backend
@@ -69,7 +70,9 @@ def build_on_meta(model: ModelSettings, kernels: KernelSettings) -> PyramidModel
         except BackendUnavailable as error:
             raise ConfigError(str(error)) from error
     with torch.device("meta"):
-        return PyramidModel(model, kernels)
+        built = PyramidModel(model, kernels)
+        add_adapters(built, model.lora)
+    return built
 
 
 def initialize_weights(part: nn.Module, seed: int, prefix: str = "") -> None:

@@ -82,6 +82,10 @@ class PyramidModel(nn.Module):
         patches = [patchify(clip.to(device, torch.float32), patch) for column in columns for clip in column.clips]
         video = self.video_in(torch.cat(patches)).float()
         rotary = rope_table(layout, self.settings.rope_axes)
+        if torch.is_grad_enabled() and not video.requires_grad:
+            # With frozen embedders. ZeRO 3 takes the gradients of a block once its inputs have theirs; were there none
+            # to wait for, it would take them before they are made.
+            text, video = text.requires_grad_(), video.requires_grad_()
         for number, block in enumerate(self.double_blocks):
             recompute = self.settings.recompute_of(number, len(self.double_blocks))
             text, video = run_block(block, recompute, text, video, conditioning, rotary, layout)

@@ -9,6 +9,7 @@ import os
 from torch import nn
 
 from m4v_dist import storage
+from m4v_dist.blocks.lora import is_adapter
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
 from m4v_dist.weights_file import read_layout, require_layout
@@ -17,14 +18,15 @@ _SOURCE, _SEED = "warm_start.source", "run.seed"
 
 
 def write_start_weights(path: str, model: nn.Module, config: RunConfig) -> None:
-    """Write all parameters of `model`, tensor by tensor, at once visible.
+    """Write all parameters of `model` but adapters, tensor by tensor, at once visible.
 
     Args:
         path: a local file.
         model: on the CPU.
         config: what the model was imported under.
     """
-    storage.stream_tensors(path, model.state_dict(), _metadata(config))
+    base = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
+    storage.stream_tensors(path, base, _metadata(config))
 
 
 def check_start_weights(config: RunConfig, model: nn.Module) -> None:
@@ -45,7 +47,8 @@ def check_start_weights(config: RunConfig, model: nn.Module) -> None:
             f"{path}: no such file, and the run is to begin with it (warm_start); run jobs.import_checkpoint with the "
             "same config first, or give warm_start.weights another path."
         )
-    require_layout(path, read_layout(path), model.state_dict())
+    base = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
+    require_layout(path, read_layout(path), base)
     found = storage.read_tensor_metadata(path)
     wanted = _metadata(config)
     differing = [

@@ -14,13 +14,14 @@ from torch import nn
 from m4v_dist.config.training_settings import CurriculumStageSettings
 from m4v_dist.errors import DataError
 
-ParameterSet = Literal["double_blocks", "fresh", "rest"]
+ParameterSet = Literal["adapters", "double_blocks", "embedders", "fresh", "rest"]
 """What a parameter belongs to, by its name: see `parameter_set`."""
+EMBEDDERS = ("conditioning", "text_in", "video_in")
 FRESH_COMPONENTS = ("ssm", "registers", "temporal_branch")
 """A parameter one of whose name's components is among these is fresh: an SSM mixer, a register, a temporal branch."""
 NO_DECAY_NAMES = ("A_log", "D", "dt_bias")
 """Parameters of the scan that weight decay would pull to a meaning of its own (a decay of A_log slows the state)."""
-SPLIT_OFF = {"fresh": "rest"}
+SPLIT_OFF = {"embedders": "rest", "fresh": "rest"}
 """A set to the one that held its parameters in checkpoints written before it had groups of its own."""
 
 
@@ -52,16 +53,21 @@ def parameter_set(name: str) -> ParameterSet:
     the temporal branch.
     """
     components = name.split(".")
+    if components[-1].startswith("lora_"):
+        return "adapters"
     if components[0] == "double_blocks":
         return "double_blocks"
+    if components[0] in EMBEDDERS:
+        return "embedders"
     if any(component in FRESH_COMPONENTS for component in components):
         return "fresh"
     return "rest"
 
 
 def is_frozen(name: str, freeze: Sequence[str]) -> bool:
-    """Whether the parameter `name` belongs to a frozen set."""
-    return parameter_set(name) in freeze
+    """Whether the parameter `name` belongs to a frozen set; `base` is all sets but the adapters'."""
+    of_set = parameter_set(name)
+    return of_set in freeze or ("base" in freeze and of_set != "adapters")
 
 
 def has_decay(name: str, parameter: nn.Parameter) -> bool:
