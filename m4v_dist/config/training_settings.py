@@ -71,6 +71,11 @@ class TrainerSettings(Settings):
     global_batch_slots: PositiveInt = Field(default=16, description="S: slots of one optimizer step, over all ranks.")
     sync_group: PositiveInt = Field(default=8, description="G: consecutive slots that share a video.")
     zero_stage: Literal[1, 2, 3] = Field(default=2, description="DeepSpeed's sharding stage.")
+    hpz_partition_size: PositiveInt = Field(
+        default=1,
+        description="ZeRO 3: ranks of a node that hold a second copy of the weights among them for backward (hpZ); "
+        "1: none.",
+    )
     offload: Literal["none", "optimizer"] = Field(
         default="none",
         description="optimizer: float32 master weights, moments, their average and AdamW's step are on the host.",

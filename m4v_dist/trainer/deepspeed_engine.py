@@ -49,6 +49,7 @@ def deepspeed_config(settings: TrainerSettings, *, micro_batch_slots: int, mesh:
             # It would replace torch.nn.functional.linear for the whole process, by one that adds its bias in place to
             # what selective recompute keeps.
             "memory_efficient_linear": False,
+            "zero_hpz_partition_size": settings.hpz_partition_size,
         },
     }
     if settings.offload == "optimizer":
@@ -97,10 +98,14 @@ def partition(part: nn.Module, settings: TrainerSettings, mesh: Mesh) -> None:
     prepare_process(mesh)
     import deepspeed
 
+    if settings.hpz_partition_size > 1 and deepspeed.utils.groups._get_zero_param_intra_parallel_group() is None:
+        # Each part asks for the groups, and asking twice would die.
+        deepspeed.utils.groups._create_zero_param_parallel_group(settings.hpz_partition_size)
     # Without a dtype of its own it takes the config's, float32; one that is given it takes for another (0.19.8).
     deepspeed.zero.Init(
         module=part,
         config_dict_or_path=deepspeed_config(settings, micro_batch_slots=1, mesh=mesh),
+        zero_param_parallel_group=deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
     )
 
 
@@ -253,7 +258,9 @@ class ZeroEngine:
             self._zero._reassign_or_swap_out_partitioned_parameters(number)
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
-        self._zero.invalidate_secondary_tensor()
+        # hpZ's copies; DeepSpeed's own way leaves out those of frozen parameters.
+        for parameter in self._parameters.values():
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
 
     def optimizer_steps(self) -> dict[str, int]:
         """AdamW's step counter of each group."""

@@ -25,6 +25,7 @@ FREE_KEYS = (
     "model.recompute",
     "model.recompute_fraction",
     "trainer.zero_stage",
+    "trainer.hpz_partition_size",
     "trainer.offload",
     "trainer.compile",
     "trainer.checkpoint_every_steps",
