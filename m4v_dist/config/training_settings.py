@@ -71,6 +71,11 @@ class TrainerSettings(Settings):
     global_batch_slots: PositiveInt = Field(default=16, description="S: slots of one optimizer step, over all ranks.")
     sync_group: PositiveInt = Field(default=8, description="G: consecutive slots that share a video.")
     zero_stage: Literal[1, 2, 3] = Field(default=2, description="DeepSpeed's sharding stage.")
+    reduce_gradients: Literal["per_step", "per_micro_batch"] = Field(
+        default="per_step",
+        description="When gradients are summed over ranks. per_step holds them whole on each rank till then; "
+        "per_micro_batch holds a share at ZeRO 2 and 3, and needs every micro-batch to run all of the model.",
+    )
     hpz_partition_size: PositiveInt = Field(
         default=1,
         description="ZeRO 3: ranks of a node that hold a second copy of the weights among them for backward (hpZ); "

@@ -7,9 +7,12 @@ Three traps of DeepSpeed 0.19 shape this file:
 - Gradients are averaged over ranks; the loss here is a share of a global sum, so it is scaled by the world size first.
 - Gradients are put in a bucket in the order in which backward reaches them, and reduced as one flat tensor: two ranks
   whose graphs differ (images on one, video on the other) would add up different parameters, without an error.
-  `coalesce_grad_reduction` reduces once a step in the fixed order of the groups, for the price of full local gradients.
+  `coalesce_grad_reduction` reduces once a step in the fixed order of the groups, for the price of full local gradients:
+  4 bytes a parameter on every rank. `reduce_gradients = "per_micro_batch"` saves them; the order in which gradients
+  come is then compared over ranks in each step.
 """
 
+import hashlib
 import logging
 import math
 import os
@@ -167,6 +170,10 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self._parameters = dict(self._engine.module.named_parameters())
+        # Which parameters' gradients came in this step, in order; None where the order does not matter.
+        self._arrivals: list[int] | None = [] if settings.reduce_gradients == "per_micro_batch" else None
+        self._num_left = 0
+        self._note_arrivals()
         self._slices = ZeroSlices(self._zero, self._parameters, mesh, self.zero_stage)
         self._slices.create_moments()
 
@@ -189,11 +196,30 @@ class ZeroEngine:
         return self._engine
 
     @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Collect the gradients of one step; on leaving the block they are reduced over ranks, once (collective)."""
-        with self._engine.coalesce_grad_reduction():
-            yield
-            self._fill_missing_gradients()
+    def accumulate(self, num_micro_batches: int = 1) -> Iterator[None]:
+        """Collect the gradients of one step; on leaving the block they are reduced over ranks (collective).
+
+        Args:
+            num_micro_batches: how often `backward` will be called; read only where each of them reduces.
+
+        Raises:
+            RuntimeError: gradients were to be reduced per micro-batch, and came in another order on another rank.
+        """
+        if self._arrivals is None:
+            with self._engine.coalesce_grad_reduction():
+                yield
+                self._fill_missing_gradients()
+            return
+        self._arrivals.clear()
+        self._num_left = num_micro_batches
+        yield
+        assert self._num_left == 0, f"{self._num_left} of {num_micro_batches} micro-batches had no backward"
+        digest = hashlib.blake2b(repr(self._arrivals).encode()).hexdigest()
+        if len(set(self.mesh.gather(digest))) > 1:
+            raise RuntimeError(
+                "gradients came in another order on another rank, so different parameters were added up; the step is "
+                'lost: set trainer.reduce_gradients="per_step".'
+            )
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, this micro-batch's share of the global loss; sums over ranks and micro-batches.
@@ -201,6 +227,9 @@ class ZeroEngine:
         Args:
             loss: scalar; sum over this micro-batch's slots of weight * loss / S.
         """
+        if self._arrivals is not None:
+            self._num_left -= 1
+            self._engine.set_gradient_accumulation_boundary(self._num_left == 0)
         self._engine.backward(loss * self.mesh.world_size, scale_wrt_gas=False)
 
     def step(self, lr: float, *, fresh_scale: float = 1.0) -> float | None:
@@ -273,6 +302,13 @@ class ZeroEngine:
     def close(self) -> None:
         """Take the hooks off and drop the buffers, so that another engine can be built."""
         self._engine.destroy()
+
+    def _note_arrivals(self) -> None:
+        if self._arrivals is None:
+            return
+        for number, parameter in enumerate(self._parameters.values()):
+            if parameter.requires_grad:
+                parameter.register_hook(lambda _, number=number, seen=self._arrivals: seen.append(number))
 
     def _fill_missing_gradients(self) -> None:
         """Give a zero gradient to what this rank's graph did not touch, so that all ranks reduce the same list."""

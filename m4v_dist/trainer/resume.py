@@ -26,6 +26,7 @@ FREE_KEYS = (
     "model.recompute_fraction",
     "trainer.zero_stage",
     "trainer.hpz_partition_size",
+    "trainer.reduce_gradients",
     "trainer.offload",
     "trainer.compile",
     "trainer.checkpoint_every_steps",

@@ -202,7 +202,7 @@ class Trainer:
         rate = learning_rate(curriculum_stage.settings, self.step - curriculum_stage.start)
         fresh_scale = curriculum_stage.settings.fresh_learning_rate_scale
         tally = Tally()
-        with self.engine.accumulate():
+        with self.engine.accumulate(len(batch.micro_batches)):
             for micro_batch in batch.micro_batches:
                 output = self.objective(self.engine.model, micro_batch)
                 self.engine.backward(output.loss)
