@@ -7,9 +7,9 @@ records. A record that reads back damaged is counted, named, and replaced from a
 slot), so that no cursor moves; past a ceiling the run fails. The ceiling is each rank's own, over the slots that it
 read itself: it is the same share of the data for any number of ranks.
 
-Any number of ranks will do. All have equally many micro-batches, since a forward is collective under ZeRO 3; where the
-slots do not suffice for all, an empty one gets a filler: a slot of the step once more, with weight 0, which no loss,
-gradient or count holds.
+Any number of ranks will do. All have equally many micro-batches of equally many slots, since a forward is collective
+under ZeRO 3, each embedding of each column in it; where the slots do not suffice for all, the last places get a filler:
+the shortest slot of the step once more, with weight 0, which no loss, gradient or count holds.
 
 Legend: `c` channels, `t` latents in time, `h` `w` latent grid.
 """
@@ -201,16 +201,16 @@ class LatentLoader:
         if not self._held_out_slots:
             return ()
         slots = self._planner.held_out(self._held_out_slots)
-        mine = slots[self._rank :: self._world_size]
-        size = self._planner.held_out_micro_batch_slots
-        num_micro = num_micro_batches(self._held_out_slots, self._world_size, size)
-        parts = [mine[start : start + size] for start in range(0, num_micro * size, size)]
+        size, world_size = self._planner.held_out_micro_batch_slots, self._world_size
+        # As many on each rank; what is past the end is a filler.
+        mine = [index for index in range(self._rank, -(-len(slots) // world_size) * world_size, world_size)]
+        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
         try:
             return tuple(
                 self._batch(
-                    [(slot, self._read_record(slot.source, slot.record)) for slot in part or slots[:1]],
+                    [(slots[at % len(slots)], self._read(slots[at % len(slots)])) for at in part],
                     self._held_out_slots,
-                    is_filler=not part,
+                    num_fillers=sum(at >= len(slots) for at in part),
                 )
                 for part in parts
             )
@@ -230,17 +230,15 @@ class LatentLoader:
     def _read_step(self, stage: StagePlan, step: int, slots: list[Slot]) -> StepBatch:
         num_micro = num_micro_batches(len(slots), self._world_size, stage.settings.micro_batch_slots)
         mine = spread_slots([slot.num_tokens for slot in slots], self._world_size, num_micro)[self._rank]
-        filler = [min(slots, key=lambda slot: (slot.num_tokens, slot.index)).index]
+        size = -(-len(slots) // (self._world_size * num_micro))
+        filler = min(slots, key=lambda slot: (slot.num_tokens, slot.index)).index
         # members of a sync group on this rank share one read
         read: dict[tuple[str, int], CacheRecord] = {}
-        batches = [
-            self._batch(
-                [self._read_slot(stage, slots[index], read) for index in members or filler],
-                self._planner.num_slots,
-                is_filler=not members,
-            )
-            for members in mine
-        ]
+        batches = []
+        for members in mine:
+            num_fillers = size - len(members)
+            items = [self._read_slot(stage, slots[index], read) for index in [*members, *[filler] * num_fillers]]
+            batches.append(self._batch(items, self._planner.num_slots, num_fillers=num_fillers))
         return StepBatch(step, tuple(batches))
 
     def _read_slot(
@@ -267,6 +265,9 @@ class LatentLoader:
             "damaged; precompute the source again."
         )
 
+    def _read(self, slot: Slot) -> CacheRecord:
+        return self._read_record(slot.source, slot.record)
+
     def _read_record(self, source: str, record: int) -> CacheRecord:
         return self._cache.read(self._cache.rows(source)[record])
 
@@ -280,14 +281,14 @@ class LatentLoader:
                 f"{self._cache.how_to_redo(self._cache.rows(source)[record].shard for source, record in self._bad)}."
             )
 
-    def _batch(self, items: list[tuple[Slot, CacheRecord]], num_slots: int, *, is_filler: bool = False) -> LatentBatch:
+    def _batch(self, items: list[tuple[Slot, CacheRecord]], num_slots: int, *, num_fillers: int) -> LatentBatch:
         return LatentBatch(
             slots=tuple(slot for slot, _ in items),
             # a causal codec makes a shorter clip a prefix of a longer one
             latents=tuple(record.latents[:, : slot.unit].contiguous() for slot, record in items),  # c t h w
             text=tuple(record.text for _, record in items),
             null_text=self._cache.null_text,
-            weights=(0.0 if is_filler else 1.0,) * len(items),
+            weights=(1.0,) * (len(items) - num_fillers) + (0.0,) * num_fillers,
             global_num_slots=num_slots,
         )
 

@@ -11,6 +11,7 @@ import torch
 
 from data_pipeline.latent_cache import LatentCache
 from m4v_dist import storage
+from m4v_dist.blocks.lora import is_adapter
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
@@ -19,7 +20,7 @@ from m4v_dist.model.build import build_model, build_on_meta, require_channels
 from m4v_dist.model.start_weights import check_start_weights
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.resume import changes
-from m4v_dist.weights_file import fill_weights
+from m4v_dist.weights_file import WeightsFile, fill_weights
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ def require_trained_settings(config: RunConfig, codec: Codec, path: str) -> None
         if change.key.startswith(TRAINED_SECTIONS) or change.key in TRAINED_KEYS
     ]
     moved = [change for change in differing if change.key in ("codec.weights", "text_encoder.weights")]
-    refused = [str(change) for change in differing if change not in moved and change.key != "model.recompute"]
+    refused = [
+        str(change) for change in differing if change not in moved and not change.key.startswith("model.recompute")
+    ]
     if refused:
         raise ConfigError(
             f"{path} was trained with other settings: {'; '.join(refused)} (checkpoint -> config). Sample with the "
@@ -130,7 +133,7 @@ def load_model(config: RunConfig, path: str) -> torch.nn.Module:
         case "ema":
             _fill_average(model, path)
         case "start":
-            fill_weights(model, path)
+            fill_weights(model, WeightsFile(path), stays=is_adapter)
         case _:
             assert_never(config.sampling.weights)
     return model.eval()

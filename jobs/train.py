@@ -4,6 +4,7 @@ The composition root of training: what each worker builds, and what is checked b
 same command on a run folder that is not empty goes on from its newest committed checkpoint; after the end it says so.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from data_pipeline.loader import LatentLoader
 from jobs import cli, plan
 from m4v_dist import storage
 from m4v_dist.bench.training_plan import plan_report, require_memory
+from m4v_dist.blocks.lora import is_adapter
 from m4v_dist.config.load import config_from_json, config_to_json
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError, StoreError
@@ -37,7 +39,7 @@ from m4v_dist.trainer.curriculum import curriculum_stages
 from m4v_dist.trainer.lease import Holder, LeaseKeeper, require_free
 from m4v_dist.trainer.resume import require_same_run
 from m4v_dist.trainer.trainer import Trainer
-from m4v_dist.weights_file import fill_weights
+from m4v_dist.weights_file import WeightsFile, fill_weights
 
 logger = logging.getLogger(__name__)
 
@@ -140,15 +142,21 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
     cache = LatentCache.open(config.precompute.cache)
     normalization = LatentNormalization.from_json(cache.manifest["normalization"])
 
-    def fill_start(model: nn.Module) -> None:
+    @functools.cache
+    def start_weights(path: str) -> WeightsFile:
+        logger.info("beginning with the weights of %s", path)
+        return WeightsFile(path)
+
+    def fill_start(name: str, part: nn.Module) -> None:
         if config.start_weights is not None:
-            logger.info("beginning with the weights of %s", config.start_weights)
-            fill_weights(model, config.start_weights)
+            fill_weights(part, start_weights(config.start_weights), name, stays=is_adapter)
 
     trainer = Trainer(
         config,
         mesh,
-        build_model=lambda: build_model(config.model, config.kernels, seed=config.run.seed, sequence=mesh.sequence),
+        build_model=lambda place: build_model(
+            config.model, config.kernels, seed=config.run.seed, sequence=mesh.sequence, place=place
+        ),
         fill_start=fill_start,
         objective=PyramidFlowMatching(config.objective, normalization.normalize, mesh.device),
         loader=build_loader(config, cache, mesh.data_rank, mesh.data_size),

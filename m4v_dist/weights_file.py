@@ -10,7 +10,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ class WeightsFile:
     """
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self._tensors = _open(path) if path.endswith(SAFETENSORS) else unpickle(path, "cpu", is_mapped=True)
         if isinstance(self._tensors, dict):
             self.layout = _state_layout(self._tensors)
@@ -92,16 +93,26 @@ def load_weights(module: nn.Module, path: str) -> None:
 
 
 @torch.no_grad()
-def fill_weights(module: nn.Module, path: str) -> None:
+def fill_weights(
+    module: nn.Module, file: WeightsFile, prefix: str = "", *, stays: Callable[[str], bool] = lambda _: False
+) -> None:
     """Copy the file's weights into `module`'s own memory, tensor by tensor; strict.
+
+    Args:
+        module: the file's network, or a part of it.
+        file: opened once for all parts.
+        prefix: name of the part in the network; "" is the whole.
+        stays: whether a tensor of this name is not in the file and stays as it is.
 
     Raises:
         DataError: see `read_layout` and `require_layout`.
     """
-    file = WeightsFile(path)
-    require_layout(path, file.layout, module.state_dict())
-    for name, tensor in module.state_dict().items():
-        tensor.copy_(file.read(name))
+    start = f"{prefix}." if prefix else ""
+    layout = {name.removeprefix(start): entry for name, entry in file.layout.items() if name.startswith(start)}
+    wanted = {name: tensor for name, tensor in module.state_dict().items() if not stays(name)}
+    require_layout(f"{file.path}: {prefix}" if prefix else file.path, layout, wanted)
+    for name, tensor in wanted.items():
+        tensor.copy_(file.read(start + name))
 
 
 def require_layout(

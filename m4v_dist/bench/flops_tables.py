@@ -136,7 +136,9 @@ def training_table(config: RunConfig) -> str:
             rows.append(_training_row(config, curriculum_stage, bucket))
     stages = config.objective.pyramid_stage_columns
     heads = ["curriculum stage", "size", "latents", "row, mean", "row, last unit", "optimizer step"]
-    recompute = " and a second forward of the blocks" if config.model.recompute else ""
+    recompute = (
+        "" if config.model.recompute == "none" else f", and what model.recompute={config.model.recompute!r} runs again"
+    )
     note = (
         f"Forward, backward (twice a forward){recompute}. A row has a column of each pyramid stage in {list(stages)}; "
         "its mean is over all units of a video. A step has "

@@ -162,7 +162,7 @@ def memory(
             columns,
             is_mixed=config.trainer.precision == "bfloat16",
         ).peak
-        for recompute in (model.recompute, False)
+        for recompute in (model.recompute, "none")
     )
     zero_stage = config.trainer.zero_stage if zero_stage is None else zero_stage
     # ZeRO shards over the whole world, and what sequence ranks share of a micro-batch is shared of its activations.
@@ -187,7 +187,7 @@ def plan_report(config: RunConfig, stages: Sequence[PlannedStage], states_of: St
 def work_table(config: RunConfig, stages: Sequence[PlannedStage]) -> str:
     """Steps, slots, tokens, FLOPs and GPU-hours of each stage."""
     gpu = None if config.launch.gpu is None else GPUS[config.launch.gpu]
-    plain = config.model.model_copy(update={"recompute": False})
+    plain = config.model.model_copy(update={"recompute": "none"})
     rows, total_flops, total_hours = [], 0.0, 0.0
     for stage in stages:
         settings, (visual, text) = stage.settings, stage.tokens()
@@ -217,7 +217,7 @@ def work_table(config: RunConfig, stages: Sequence[PlannedStage]) -> str:
         "stage", "steps", "slots = ranks x micro-batches x size", "latents", "tokens a step, visual + text",
         "fullest rank / mean", "FLOPs a step", "GPU-hours",
     ]  # fmt: skip
-    recompute = ", recompute" if config.model.recompute else ""
+    recompute = ", recompute" if config.model.recompute != "none" else ""
     note = (
         f"FLOPs: forward, backward{recompute}; all: of the whole run. Means over the first "
         f"{max(len(stage.steps) for stage in stages)} steps of each stage."
@@ -245,12 +245,12 @@ def memory_table(config: RunConfig, stages: Sequence[PlannedStage], states_of: S
         columns = stage.longest()
         needed, tokens = memory(config, stage, columns, states_of), sum(map(_tokens, columns))
         cells = [f"{size / GIB:.2f}" for size in (needed.states, needed.activations, needed.peak)]
-        if config.model.recompute:
+        if config.model.recompute != "none":
             cells.insert(2, f"{needed.kept_activations / GIB:.2f}")
         verdict = [] if gpu is None else ["fits" if needed.peak <= gpu.usable_bytes else "does NOT fit"]
         rows.append([stage.name, f"{tokens:,}", *cells, *verdict])
     heads = ["GiB a rank", "longest micro-batch, tokens", "model states", "activations", "peak"]
-    if config.model.recompute:
+    if config.model.recompute != "none":
         heads.insert(4, "(without recompute)")
     if gpu is not None:
         heads.append(f"{gpu.title}, {gpu.usable_bytes / GIB:.1f} GiB usable")
@@ -279,7 +279,7 @@ def fit_table(config: RunConfig, stages: Sequence[PlannedStage], states_of: Stat
                 }
                 cells.append(" / ".join(_largest_fitting(peaks, gpu) for gpu in gpus))
             rows.append([f"{preset}, ZeRO {zero_stage}", *cells])
-    recompute = "with" if config.model.recompute else "without"
+    recompute = "with" if config.model.recompute != "none" else "without"
     note = (
         f"Largest micro-batch in slots that fits {' / '.join(gpu.title for gpu in gpus)}, {recompute} recompute, on "
         f"{config.launch.num_workers} workers, of those that divide a rank's {stages[0].fitting_sizes()[0]} slots; -: "
@@ -324,9 +324,9 @@ def _ways_out(
     ways: list[tuple[str, PlannedStage, MicroBatch, dict[str, Any]]] = [
         ("twice the workers", replace(stage, num_ranks=2 * stage.num_ranks), columns, {})
     ]
-    if not config.model.recompute:
-        model = config.model.model_copy(update={"recompute": True})
-        ways.append(("model.recompute=true", stage, columns, {"model": model}))
+    if config.model.recompute != "blocks":
+        model = config.model.model_copy(update={"recompute": "blocks"})
+        ways.append(("model.recompute=blocks", stage, columns, {"model": model}))
     if config.trainer.zero_stage < 3:
         ways.append(("trainer.zero_stage=3", stage, columns, {"zero_stage": 3}))
     if stage.settings.micro_batch_slots > 1:

@@ -84,6 +84,7 @@ def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+@torch.compiler.disable
 def joint_attention(
     text: tuple[Tensor, Tensor, Tensor], video: tuple[Tensor, Tensor, Tensor], layout: PackedLayout
 ) -> tuple[Tensor, Tensor]:

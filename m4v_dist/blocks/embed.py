@@ -79,6 +79,7 @@ def timestep_sinusoid(timestep: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+@torch.compiler.disable
 def rope_table(layout: PackedLayout, axes: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each video token's rotary angles; text stands at 0 and is not rotated.
 

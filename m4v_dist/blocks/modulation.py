@@ -8,6 +8,7 @@ Source: DiT (Peebles & Xie 2023); order of the chunks as in PyramidFlow flux_mod
 Legend: `k` columns, `l` tokens, `d` width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,34 @@ class _Spread(torch.autograd.Function):
         return torch.stack([part.sum(dim=0) for part in grads[0].split(ctx.lengths)]), None
 
 
+@torch.library.custom_op("m4v_blocks::spread", mutates_args=())
+def _spread(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """`_Spread` as one operator, so that a compiled block is not cut up by its list of lengths."""
+    return torch.cat([value.expand(length, -1) for value, length in zip(values.split(1), lengths, strict=True)])
+
+
+@_spread.register_fake
+def _(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    return values.new_empty(sum(lengths), values.shape[1])
+
+
+@torch.library.custom_op("m4v_blocks::gather_spread", mutates_args=())
+def _gather_spread(grad: Tensor, lengths: Sequence[int]) -> Tensor:
+    return torch.stack([part.sum(dim=0) for part in grad.split(list(lengths))])
+
+
+@_gather_spread.register_fake
+def _(grad: Tensor, lengths: Sequence[int]) -> Tensor:
+    return grad.new_empty(len(lengths), grad.shape[1])
+
+
+def _keep_lengths(ctx: Any, inputs: tuple[Tensor, Sequence[int]], output: Tensor) -> None:
+    ctx.lengths = inputs[1]
+
+
+_spread.register_autograd(lambda ctx, grad: (_gather_spread(grad, ctx.lengths), None), setup_context=_keep_lengths)
+
+
 def spread(values: Tensor, lengths: list[int]) -> Tensor:
     """Expand one row per column to one per token.
 
@@ -64,6 +93,9 @@ def spread(values: Tensor, lengths: list[int]) -> Tensor:
     Returns:
         l d.
     """
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _spread(values, lengths)
+        return compiled
     return _Spread.apply(values, lengths)  # type: ignore[no-any-return]
 
 

@@ -72,6 +72,7 @@ class RecompositionCut:
         return sum(given[self.handover.sequence.rank] for given in self.text)
 
 
+@torch.compiler.disable
 def recomposition_plan(
     layout: PackedLayout, path: int, *, has_text_sandwich: bool, has_registers: bool
 ) -> RecompositionPlan:

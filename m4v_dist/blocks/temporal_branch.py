@@ -69,6 +69,7 @@ class TemporalBranch(nn.Module):
         nn.init.zeros_(self.to_out.weight)
         nn.init.zeros_(self.to_out.bias)
 
+    @torch.compiler.disable
     def forward(self, video: Tensor, layout: PackedLayout) -> Tensor:
         """lv d to lv d: what the branch adds to each video token."""
         tables = layout.table("temporal", _make_tables)

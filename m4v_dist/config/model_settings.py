@@ -5,7 +5,7 @@ from typing import Any, Literal, assert_never
 from pydantic import Field, model_validator
 
 from m4v_dist.config.presets import fill_model
-from m4v_dist.config.settings import PositiveInt, Settings
+from m4v_dist.config.settings import Fraction, PositiveInt, Settings
 
 BlockMixer = Literal["attention", "ssm", "parallel"]
 """What one unified block mixes with."""
@@ -43,6 +43,16 @@ class SsmSettings(Settings):
     gate: Literal["silu", "sum"] = Field(default="silu", description="How the FC branch z joins the scan's output.")
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters beside the blocks' linears; the stages freeze the base."""
+
+    rank: int = Field(default=0, ge=0, le=1024, description="Rank of an adapter; 0: there are none.")
+    alpha: float = Field(default=16.0, gt=0, description="Scale of an adapter's output, over its rank.")
+    targets: tuple[Literal["attention", "ssm", "feed_forward"], ...] = Field(
+        default=("attention", "ssm", "feed_forward"), min_length=1, description="Which linears of a block have one."
+    )
+
+
 class ModelSettings(Settings):
     """The pyramid backbone; `preset`, `ablation` and `ssm.variant` fill in what the file leaves out (`presets.py`)."""
 
@@ -77,7 +87,15 @@ class ModelSettings(Settings):
     )
     temporal_width: PositiveInt = Field(description="Width of the temporal branch.")
     temporal_heads: PositiveInt = Field(description="Heads of the temporal branch.")
-    recompute: bool = Field(default=False, description="Compute each block's activations again in backward.")
+    lora: LoraSettings = Field(default=LoraSettings(), description="Adapters on a frozen base.")
+    recompute: Literal["none", "blocks", "selective"] = Field(
+        default="none",
+        description="What a block computes again in backward, to save memory: nothing; all; or all but linears, fused "
+        "attention and scan kernels.",
+    )
+    recompute_fraction: Fraction = Field(
+        default=1.0, description="Share of the blocks of each kind, from the first, that recompute (PyramidFlow: 0.75)."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -164,6 +182,10 @@ class ModelSettings(Settings):
             case "interleaved":
                 return tuple("ssm" if number % 2 else "attention" for number in range(count))
         assert_never(self.mixer)
+
+    def recompute_of(self, number: int, num_blocks: int) -> Literal["none", "blocks", "selective"]:
+        """What block `number` of the `num_blocks` of its kind recomputes."""
+        return self.recompute if number < round(self.recompute_fraction * num_blocks) else "none"
 
     @property
     def head_dim(self) -> int:

@@ -52,9 +52,17 @@ class CurriculumStageSettings(Settings):
         min_length=1, description="Share of each source in the mix."
     )
     learning_rate: float = Field(default=1e-4, gt=0, le=1, description="Peak learning rate of this stage.")
+    fresh_learning_rate_scale: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="Learning rate of SSM mixers, registers and temporal branches over that of the rest.",
+    )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up at the start of this stage.")
     micro_batch_slots: PositiveInt = Field(default=4, description="Slots of one forward on one rank.")
-    freeze: tuple[Literal["double_blocks"], ...] = Field(default=(), description="What does not train in this stage.")
+    freeze: tuple[Literal["double_blocks", "embedders", "base"], ...] = Field(
+        default=(), description="What does not train in this stage; base is all but the adapters of model.lora."
+    )
 
 
 class TrainerSettings(Settings):
@@ -63,13 +71,30 @@ class TrainerSettings(Settings):
     global_batch_slots: PositiveInt = Field(default=16, description="S: slots of one optimizer step, over all ranks.")
     sync_group: PositiveInt = Field(default=8, description="G: consecutive slots that share a video.")
     zero_stage: Literal[1, 2, 3] = Field(default=2, description="DeepSpeed's sharding stage.")
+    reduce_gradients: Literal["per_step", "per_micro_batch"] = Field(
+        default="per_step",
+        description="When gradients are summed over ranks. per_step holds them whole on each rank till then; "
+        "per_micro_batch holds a share at ZeRO 2 and 3, and needs every micro-batch to run all of the model.",
+    )
+    hpz_partition_size: PositiveInt = Field(
+        default=1,
+        description="ZeRO 3: ranks of a node that hold a second copy of the weights among them for backward (hpZ); "
+        "1: none.",
+    )
+    offload: Literal["none", "optimizer"] = Field(
+        default="none",
+        description="optimizer: float32 master weights, moments, their average and AdamW's step are on the host.",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of matmuls; parameters stay float32."
+    )
+    compile: Literal["none", "blocks"] = Field(
+        default="none", description="What goes through torch.compile: nothing, or the model's blocks, one by one."
     )
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="AdamW moments.")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
     weight_decay: float = Field(
-        default=1e-4, ge=0, description="AdamW decay; none on 1-d parameters, A_log, D, dt_bias."
+        default=1e-4, ge=0, description="AdamW decay; none on 1-d parameters, registers, A_log, D, dt_bias."
     )
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this global norm.")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay of the moving average of weights.")

@@ -20,6 +20,25 @@ def validate(config: RunConfig) -> None:
     _validate_sequence(config)
     _validate_batch(config)
     _validate_sizes(config)
+    for stage in config.curriculum:
+        rank = config.model.lora.rank
+        if ("base" in stage.freeze) != (rank > 0):
+            raise ConfigError(
+                f"curriculum {stage.name!r}: freeze={list(stage.freeze)}, but model.lora.rank={rank}; "
+                'adapters train on a frozen base and nothing trains without them: give every stage freeze = ["base"] '
+                "and a rank, or neither."
+            )
+    hpz, workers = config.trainer.hpz_partition_size, config.launch.num_workers
+    if hpz > 1 and (config.trainer.zero_stage != 3 or workers % hpz):
+        raise ConfigError(
+            f"trainer.hpz_partition_size={hpz} needs trainer.zero_stage=3 and must divide launch.num_workers; they are "
+            f"{config.trainer.zero_stage} and {workers}: use the number of GPUs in a node, or 1."
+        )
+    if config.trainer.compile == "blocks" and config.model.recompute == "selective":
+        raise ConfigError(
+            'trainer.compile="blocks" hides the linears from model.recompute="selective", which would keep nothing of '
+            'them; set model.recompute="blocks", or trainer.compile="none".'
+        )
     train_names = {source.name for source in config.train_sources}
     cached = set(config.precompute.buckets)
     for source in config.sources:

@@ -9,6 +9,7 @@ from torch import Tensor
 from m4v_dist.kernels.scan import check_cu_seqlens
 
 
+@torch.compiler.disable
 def causal_conv1d(
     x: Tensor,  # b l d
     weight: Tensor,  # d k

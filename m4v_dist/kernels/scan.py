@@ -14,6 +14,7 @@ Legend: `b` batch, `l` tokens, `h` heads, `p` head width, `g` groups, `n` state 
 import importlib.util
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Backend = Literal["reference", "reference_chunked", "triton", "mamba_ssm"]
@@ -50,6 +51,7 @@ def require_backend(backend: str) -> None:
             )
 
 
+@torch.compiler.disable
 def ssd_scan(
     x: Tensor,  # b l h p, float
     dt: Tensor,  # b l h

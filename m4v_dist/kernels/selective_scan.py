@@ -13,6 +13,7 @@ arguments.
 Legend: `b` batch, `l` tokens, `d` channels, `n` state size, `s` segments.
 """
 
+import torch
 from torch import Tensor
 
 from m4v_dist.kernels.scan import Backend, BackendUnavailable, check_cu_seqlens, require_backend
@@ -32,6 +33,7 @@ def require_selective_backend(backend: str) -> None:
         )
 
 
+@torch.compiler.disable
 def selective_scan(
     u: Tensor,  # b l d, float
     dt: Tensor,  # b l d

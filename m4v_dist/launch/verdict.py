@@ -103,7 +103,8 @@ def as_job_error(error: BaseException, rank: int) -> JobError | None:
         return error
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return OutOfMemoryJobError(
-            f"rank {rank} ran out of memory: {error}. Lower curriculum.*.micro_batch_slots, set model.recompute=true, "
+            f"rank {rank} ran out of memory: {error}. Lower curriculum.*.micro_batch_slots, set "
+            'model.recompute="blocks", '
             "raise trainer.zero_stage, or take more workers."
         )
     return None

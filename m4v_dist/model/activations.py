@@ -59,7 +59,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of a micro-batch: tokens of all columns, rows and pairs of the temporal branch; of each column, what is scanned."""
+    """Of a micro-batch: tokens, rows and pairs of the temporal branch; of each column, what is scanned."""
 
     tokens: int
     video: int
@@ -87,18 +87,23 @@ def activation_bytes(
     """Estimate what one forward and backward of a packed micro-batch takes beside parameters and their gradients.
 
     Args:
-        settings: the model, its `recompute` too.
+        settings: the model, its `recompute` too; "selective" counts as "none", an upper bound.
         kernels: the backend decides what a scan keeps.
         columns: of the micro-batch.
         is_mixed: matmuls in bfloat16 under autocast.
     """
     counts = _Counts.of(settings, columns)
     width, matmul_bytes = settings.hidden_size, 2 if is_mixed else FLOAT32
-    blocks = [double_block(settings, counts, is_mixed)] * settings.num_double_blocks
-    blocks += [unified_block(settings, kernels, mixer, counts, is_mixed) for mixer in settings.block_mixers]
+    doubles = [double_block(settings, counts, is_mixed)] * settings.num_double_blocks
+    unified = [unified_block(settings, kernels, mixer, counts, is_mixed) for mixer in settings.block_mixers]
+    blocks = [*doubles, *unified]
+    again: list[_Kept] = []
+    kept: list[_Kept] = []
+    for kind in (doubles, unified):
+        for number, block in enumerate(kind):
+            # "selective" keeps less than all; how much less is not worked out here, so it counts as all.
+            (again if settings.recompute_of(number, len(kind)) == "blocks" else kept).append(block)
     ends = _ends(settings, columns, counts, matmul_bytes)
-    again = [block for block in blocks if settings.recompute]
-    kept = [block for block in blocks if not settings.recompute]
     inputs = len(again) * counts.tokens * width * FLOAT32
     # Autocast keeps the copies of all weights until the forward ends, and its last block is whole by then: so they
     # count beside the block, though in the backward a block's own would do.

@@ -48,6 +48,9 @@ PARTS = (
 SELECTIVE_SCAN_FLOPS = 9
 """Of mamba1's recurrence, for each channel, state and token, as its authors count (state-spaces/mamba issue 110)."""
 
+NOT_KEPT_BY_SELECTIVE = frozenset({"unified: ssm convolution", "unified: ssm scan", "unified: temporal attention"})
+"""What `recompute = "selective"` computes again where the scan is plain torch; see `blocks/recompute.py`."""
+
 MIXER_PARTS = frozenset(
     part for part in PARTS if part.startswith(("unified: attention", "unified: ssm", "unified: temporal"))
 )
@@ -252,7 +255,7 @@ def mixer_flops(settings: ModelSettings, column: ColumnShape) -> int:
 
 
 def training_flops(settings: ModelSettings, column: ColumnShape, freeze: Sequence[str] = ()) -> Flops:
-    """Forward and backward of one column: three forwards, four for the blocks where `recompute` is on.
+    """Forward and backward of one column: three forwards, and what the blocks compute again.
 
     A linear's backward is two products of its forward's size, so is attention's. Too high by the input gradients of the
     embedders, which nobody asks for; too low by the scores that a fused attention computes again.
@@ -264,9 +267,23 @@ def training_flops(settings: ModelSettings, column: ColumnShape, freeze: Sequenc
     """
     flops: Flops = Counter()
     for part, count in forward_flops(settings, column).items():
-        forwards = 4 if settings.recompute and part not in ("embedders", "out") else 3
         is_frozen = "double_blocks" in freeze and part.startswith("double:") and part != "double: attention"
-        flops[part] = count * (forwards - is_frozen)
+        flops[part] = count * (3 - is_frozen)
+    return flops + recomputed_flops(settings, column)
+
+
+def recomputed_flops(settings: ModelSettings, column: ColumnShape) -> Flops:
+    """What the blocks of one column compute again in backward."""
+    flops: Flops = Counter()
+    for number in range(settings.num_double_blocks):
+        if settings.recompute_of(number, settings.num_double_blocks) == "blocks":
+            flops += double_block(settings.hidden_size, column)
+    for number, mixer in enumerate(settings.block_mixers):
+        recompute = settings.recompute_of(number, settings.num_single_blocks)
+        if recompute != "none":
+            block = unified_block(settings, mixer, column)
+            kept = () if recompute == "blocks" else block.keys() - NOT_KEPT_BY_SELECTIVE
+            flops += Counter({part: count for part, count in block.items() if part not in kept})
     return flops
 
 

@@ -4,6 +4,8 @@ from collections import Counter
 
 from torch import nn
 
+from m4v_dist.blocks.lora import is_adapter
+
 PARTS = (
     "embedders",
     "double blocks",
@@ -14,6 +16,7 @@ PARTS = (
     "unified: temporal branch",
     "unified: feed-forward and out",
     "out",
+    "adapters",
 )
 
 
@@ -31,6 +34,8 @@ def parameters_by_part(model: nn.Module) -> Counter[str]:
 
 def _part(name: str) -> str:
     words = name.split(".")
+    if is_adapter(name):
+        return "adapters"
     match words[0]:
         case "conditioning" | "text_in" | "video_in":
             return "embedders"

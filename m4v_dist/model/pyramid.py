@@ -13,11 +13,8 @@ Legend: `c` latent channels, `t` `h` `w` latent frames and grid, `lt` `lv` text 
 columns, `d` width.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from m4v_dist.batch import Column, ModelInput
 from m4v_dist.blocks.embed import ConditioningEmbedding, patchify, rope_table, unpatchify
@@ -25,11 +22,21 @@ from m4v_dist.blocks.layout import ColumnShape, FrameShape, packed_layout
 from m4v_dist.blocks.mm_dim import NUM_REGISTERS, UnifiedBlock
 from m4v_dist.blocks.mm_dit import DoubleBlock
 from m4v_dist.blocks.modulation import Modulation, modulate
+from m4v_dist.blocks.recompute import run_block
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.parallel.mesh import ALONE, SequenceGroup
 from m4v_dist.parallel.sequence import share_rows
 
 MAX_TIMESTEP = 1000
+
+
+class VelocityOut(nn.Linear):
+    """The output layer; starts at zero, so that the first prediction is zero."""
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Zero weight and bias."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class PyramidModel(nn.Module):
@@ -54,12 +61,12 @@ class PyramidModel(nn.Module):
             UnifiedBlock(settings, kernels, number) for number in range(settings.num_single_blocks)
         )
         self.modulation_out = Modulation(width, 2)
-        self.video_out = nn.Linear(width, patch_width)
+        self.video_out = VelocityOut(width, patch_width)
 
-    def initialize(self, generator: torch.Generator) -> None:
-        """Zero the output layer: the first prediction is zero."""
-        nn.init.zeros_(self.video_out.weight)
-        nn.init.zeros_(self.video_out.bias)
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks in the order that tokens pass them; each uses all its parameters in every forward."""
+        return [*self.double_blocks, *self.single_blocks]
 
     def forward(self, model_input: ModelInput) -> list[Tensor]:
         """Predict the velocity of each column's last clip.
@@ -84,11 +91,17 @@ class PyramidModel(nn.Module):
         patches = [patchify(clip.to(device, torch.float32), patch) for column in columns for clip in column.clips]
         video = self.video_in(layout.own(torch.cat(patches), layout.video_by_rank)).float()
         rotary = rope_table(layout, self.settings.rope_axes)
-        for block in self.double_blocks:
-            text, video = self._run(block, text, video, conditioning, rotary, layout)
+        if torch.is_grad_enabled() and not video.requires_grad:
+            # With frozen embedders. ZeRO 3 takes the gradients of a block once its inputs have theirs; were there none
+            # to wait for, it would take them before they are made.
+            text, video = text.requires_grad_(), video.requires_grad_()
+        for number, block in enumerate(self.double_blocks):
+            recompute = self.settings.recompute_of(number, len(self.double_blocks))
+            text, video = run_block(block, recompute, text, video, conditioning, rotary, layout)
         tokens = torch.cat([text, video])  # l d
-        for block in self.single_blocks:
-            tokens = self._run(block, tokens, conditioning, layout)
+        for number, block in enumerate(self.single_blocks):
+            recompute = self.settings.recompute_of(number, len(self.single_blocks))
+            tokens = run_block(block, recompute, tokens, conditioning, layout)
         noisy = tokens[layout.num_text :].index_select(0, layout.noisy)
         scale, shift = self.modulation_out(conditioning)
         velocities = self.video_out(modulate(noisy, shift, scale, layout.noisy_lengths)).float()
@@ -106,11 +119,6 @@ class PyramidModel(nn.Module):
         timestep = torch.stack([column.timestep.to(device, torch.float32).reshape(()) for column in columns])
         pooled = torch.stack([column.text.pooled.to(device, torch.float32) for column in columns])
         return self.conditioning(timestep, pooled)
-
-    def _run(self, block: nn.Module, *args: Any) -> Any:
-        if self.settings.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
 
 def column_shape(column: Column, settings: ModelSettings, number: int = 0) -> ColumnShape:

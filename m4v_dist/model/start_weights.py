@@ -13,25 +13,27 @@ from typing import Any
 from torch import nn
 
 from m4v_dist import storage
+from m4v_dist.blocks.lora import is_adapter
 from m4v_dist.config.model_settings import ModelSettings
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
 from m4v_dist.weights_file import read_layout, require_layout
 
 _SOURCE, _SEED, _MODEL = "warm_start.source", "run.seed", "m4v_dist.model"
-_NO_MATTER = {"model.preset", "model.ablation", "model.recompute", "model.ssm.chunk_size"}
+_NO_MATTER = {"model.preset", "model.ablation", "model.recompute", "model.recompute_fraction", "model.ssm.chunk_size"}
 """Settings that change no output: names of other settings, and how the same is computed."""
 
 
 def write_start_weights(path: str, model: nn.Module, config: RunConfig) -> None:
-    """Write all parameters of `model`, tensor by tensor, at once visible.
+    """Write all parameters of `model` but adapters, tensor by tensor, at once visible.
 
     Args:
         path: a local file.
         model: on the CPU.
         config: what the model was imported under.
     """
-    storage.stream_tensors(path, model.state_dict(), _metadata(config))
+    base = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
+    storage.stream_tensors(path, base, _metadata(config))
 
 
 def check_start_weights(config: RunConfig, model: nn.Module) -> None:
@@ -54,9 +56,10 @@ def check_start_weights(config: RunConfig, model: nn.Module) -> None:
             "jobs.import_checkpoint with the same config first, or give warm_start.weights another path."
         )
     layout = read_layout(path)
+    base = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
     found = storage.read_tensor_metadata(path)
     _require_same_model(path, json.loads(found.get(_MODEL, "{}")), config.model)
-    require_layout(path, layout, model.state_dict(), "Run jobs.import_checkpoint again with this config.")
+    require_layout(path, layout, base, "Run jobs.import_checkpoint again with this config.")
     wanted = _metadata(config)
     differing = [
         f"{key}={found[key]!r}, the config says {wanted[key]!r}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from m4v_dist.blocks.attention import AttentionMixer, QueryKeyValue
 from m4v_dist.blocks.mm_dim import ParallelMixer, SsmTokenMixer
-from m4v_dist.config.model_settings import KernelSettings
+from m4v_dist.config.model_settings import KernelSettings, LoraSettings
 from m4v_dist.errors import DataError
 from m4v_dist.model.attention_to_ssm import Part, as_it_is, attention_to_ssm
 from m4v_dist.model.build import build_on_meta
@@ -57,7 +57,7 @@ def plan_warm_start(model: PyramidModel, layout: Mapping[str, TensorLayout], whe
     """
     full_names, other_nets = _strip(layout, where)
     check_sizes(where, {name: layout[full] for name, full in full_names.items()}, model.settings)
-    twin = model.settings.model_copy(update={"mixer": "attention", "ablation": None})
+    twin = model.settings.model_copy(update={"mixer": "attention", "ablation": None, "lora": LoraSettings()})
     wanted = build_on_meta(twin, KernelSettings()).state_dict()
     require_layout(
         where,

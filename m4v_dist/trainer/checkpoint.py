@@ -156,6 +156,16 @@ def load(path: str, tensors: Mapping[str, Ranges], *, may_miss: Collection[str] 
         fill(marker.path(name), marker.files[name], spans)
 
 
+def stored_names(path: str, kind: str) -> set[str]:
+    """Parameters that a committed checkpoint holds a `kind` of: weights, ema, exp_avg, exp_avg_sq.
+
+    Raises:
+        DamagedCheckpointError: its index is not what was written.
+    """
+    index = check(path).read_json("index.json")["tensors"]
+    return {key.removeprefix(f"{kind}/") for key in index if key.startswith(f"{kind}/")}
+
+
 def rank_file(rank: int, suffix: str = "safetensors") -> str:
     """Name of a rank's file."""
     return f"rank_{rank:05d}.{suffix}"

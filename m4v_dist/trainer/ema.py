@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from m4v_dist.trainer.deepspeed_engine import Slice
+from m4v_dist.trainer.zero_slices import Slice
 
 
 def decay_at(decay: float, num_updates: int) -> float:

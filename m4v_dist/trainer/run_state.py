@@ -8,6 +8,7 @@ from m4v_dist.trainer.curriculum import CurriculumStage
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.guards import SkippedSteps
+from m4v_dist.trainer.optimizer import steps_of_groups
 from m4v_dist.trainer.random_state import restore_random_state
 from m4v_dist.trainer.ranges import Ranges, to_ranges
 from m4v_dist.trainer.seams import Loader
@@ -62,7 +63,7 @@ def load_run(path: str, engine: ZeroEngine, ema: Ema, loader: Loader, skipped: S
     counter at zero its AdamW begins anew.
 
     Raises:
-        DataError: the checkpoint is of another model.
+        DataError: the checkpoint is of another model, or was written by other parameter groups.
         DamagedCheckpointError: some rank found that it is not what was written; the same error on all of them. The
             engine is then half filled, and good for nothing.
     """
@@ -77,8 +78,10 @@ def load_run(path: str, engine: ZeroEngine, ema: Ema, loader: Loader, skipped: S
     found = [told for told in mesh.gather(damage) if told is not None]
     if found:
         raise DamagedCheckpointError(found[0])
+    stored = checkpoint.stored_names(path, MOMENTS[0])
+    steps = steps_of_groups(engine.groups, state["optimizer_steps"], stored, where=path)
     engine.publish()
-    engine.set_optimizer_steps(state["optimizer_steps"])
+    engine.set_optimizer_steps(steps)
     ema.num_updates = state["ema_updates"]
     loader.load_state_dict(state["loader"])
     skipped.total = state["skipped_steps"]

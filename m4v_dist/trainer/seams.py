@@ -24,6 +24,11 @@ class ObjectiveOutput(Protocol):
 
 Objective = Callable[[nn.Module, LatentBatch], ObjectiveOutput]
 
+Place = Callable[[str, nn.Module], None]
+"""Is given a part's name in the model and the part with fresh weights; may fill it, and takes its memory over."""
+BuildModel = Callable[[Place], nn.Module]
+"""Builds the model, the same on every rank, and hands each of its parts on before the next one has memory."""
+
 
 class StepBatch(Protocol):
     """This rank's micro-batches of one global step."""

@@ -27,7 +27,7 @@ from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.attempt import Attempt, begin_attempt
 from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at
-from m4v_dist.trainer.deepspeed_engine import ZeroEngine
+from m4v_dist.trainer.deepspeed_engine import ZeroEngine, partition
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.guards import Clock, SkippedSteps, require_same_slots
 from m4v_dist.trainer.lease import Holder, LeaseKeeper
@@ -35,7 +35,7 @@ from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
 from m4v_dist.trainer.run_state import checkpoint_tensors, counts_to_json, load_run
 from m4v_dist.trainer.saving import Saving
-from m4v_dist.trainer.seams import Loader, Objective, StepBatch
+from m4v_dist.trainer.seams import BuildModel, Loader, Objective, Place, StepBatch
 from m4v_dist.trainer.tally import Tally, train_row
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class Trainer:
     Args:
         config: the run.
         mesh: rank facts.
-        build_model: builds the model with fresh weights, the same on every rank.
-        fill_start: fills a model that no checkpoint will fill, of a run at its start, in place; a resume never asks.
+        build_model: builds the model with fresh weights, part by part.
+        fill_start: fills, part by part and in place, a model that no checkpoint will fill; a resume never asks.
         objective: called with the engine's model and a micro-batch.
         loader: this rank's.
         should_stop: asked on rank 0 in each step; True saves after that step and ends with PreemptedError.
@@ -75,10 +75,10 @@ class Trainer:
         config: RunConfig,
         mesh: Mesh,
         *,
-        build_model: Callable[[], nn.Module],
+        build_model: BuildModel,
         objective: Objective,
         loader: Loader,
-        fill_start: Callable[[nn.Module], None] = lambda _: None,
+        fill_start: Place = lambda _name, _part: None,
         should_stop: Callable[[], bool] = lambda: False,
         holder: Holder | None = None,
     ) -> None:
@@ -180,11 +180,14 @@ class Trainer:
     def _enter(self, curriculum_stage: CurriculumStage) -> None:
         """Build the engine of a curriculum stage and fill it from the newest checkpoint, if there is one."""
         settings, config = curriculum_stage.settings, self.config
-        model = self.build_model()
-        if self.saving.saved is None:
-            self.fill_start(model)
+
+        def place(name: str, part: nn.Module) -> None:
+            if self.saving.saved is None:
+                self.fill_start(name, part)
+            partition(part, config.trainer, self.mesh)
+
         self.engine = ZeroEngine(
-            model,
+            self.build_model(place),
             config.trainer,
             freeze=settings.freeze,
             micro_batch_slots=settings.micro_batch_slots,
@@ -229,8 +232,9 @@ class Trainer:
         data_s = self.clock.lap()
         require_same_slots(self.mesh, batch.micro_batches)
         rate = learning_rate(curriculum_stage.settings, self.step - curriculum_stage.start)
+        fresh_scale = curriculum_stage.settings.fresh_learning_rate_scale
         tally = Tally()
-        with self.engine.accumulate():
+        with self.engine.accumulate(len(batch.micro_batches)):
             for micro_batch in batch.micro_batches:
                 output = self.objective(self.engine.model, micro_batch)
                 self.engine.backward(output.loss)
@@ -244,7 +248,7 @@ class Trainer:
         )
         self.wants_stop = sums.wants_stop
         # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
-        norm = self.engine.step(rate) if math.isfinite(sums.loss) else None
+        norm = self.engine.step(rate, fresh_scale=fresh_scale) if math.isfinite(sums.loss) else None
         if not math.isfinite(sums.loss):
             self.engine.discard()
         if norm is not None:
@@ -260,7 +264,7 @@ class Trainer:
             row = train_row(sums, norm=norm, step_s=step_s, data_s=data_s, world_size=self.mesh.world_size)
             row |= {f"data/{name}/samples_seen": self.loader.samples_seen.get(name, 0) for name in self.sources}
             row |= {f"data/{name}/tokens_seen": self.loader.tokens_seen.get(name, 0) for name in self.sources}
-            row |= {"train/lr": rate, "train/skipped_steps": self.skipped.total}
+            row |= {"train/lr": rate, "train/lr_fresh": rate * fresh_scale, "train/skipped_steps": self.skipped.total}
             self._write("train", self.step, {"curriculum_stage": curriculum_stage.settings.name, **row})
         # After the row, which says what was not finite.
         self.skipped.require_finite(step=self.step, loss=sums.loss)

@@ -107,7 +107,7 @@ def test_the_work_table_has_every_stage_and_gpu_hours_by_the_stated_mfu() -> Non
     for stage in stages:
         cells = _cells(table, stage.name)
         assert cells[2] == f"256 = 64 x {stage.num_micro_batches()} x {stage.settings.micro_batch_slots}"
-        plain = config.model.model_copy(update={"recompute": False})
+        plain = config.model.model_copy(update={"recompute": "none"})
         hours = stage.flops(plain) * stage.settings.num_steps / (312e12 * 0.3 * 3600)
         assert cells[-1] == f"{hours:,.0f}"
         assert stage.flops(plain) < stage.flops(config.model)
@@ -148,7 +148,7 @@ def test_the_fit_table_names_the_largest_micro_batch_that_fits_each_a100() -> No
 
 
 def test_the_fit_table_shows_where_nothing_fits() -> None:
-    config = load_config(LARGE, ["model.recompute=false"])
+    config = load_config(LARGE, ["model.recompute=none"])
     stage = replace(_plan(LARGE)[1][-1], num_ranks=256)
     assert stage.fitting_sizes() == [1]
     assert _cells(fit_table(config, [stage], states_of), "m4v_2b, ZeRO 1")[-1] == "- / -"
@@ -168,12 +168,12 @@ def test_the_tables_that_the_readme_shows_are_as_printed() -> None:
 
 
 def test_a_stage_that_does_not_fit_is_refused_with_numbers_and_ways_out() -> None:
-    config, stages = load_config(LARGE, ["model.recompute=false"]), _plan(LARGE)[1]
+    config, stages = load_config(LARGE, ["model.recompute=none"]), _plan(LARGE)[1]
     with pytest.raises(ConfigError) as caught:
         require_memory(config, stages, states_of)
     message = str(caught.value)
     assert message.startswith("curriculum 'video_384p_121f': a rank needs ")
-    for word in ("A100 80 GB has 73.6 GiB usable. Ways out: ", "model.recompute=true (", "micro_batch_slots=1 ("):
+    for word in ("A100 80 GB has 73.6 GiB usable. Ways out: ", "model.recompute=blocks (", "micro_batch_slots=1 ("):
         assert word in message
     # each of them is one
     assert all(float(value) <= 73.6 for value in re.findall(r"\(([\d.]+) GiB\)", message))
@@ -195,6 +195,6 @@ def test_the_papers_config_fits_its_gpu_by_arithmetic(overrides: list[str]) -> N
 
 
 def test_without_a_gpu_named_nothing_is_refused() -> None:
-    config = load_config(LARGE, ["model.recompute=false"])
+    config = load_config(LARGE, ["model.recompute=none"])
     launch = config.launch.model_copy(update={"gpu": None})
     require_memory(config.model_copy(update={"launch": launch}), _plan(LARGE)[1], states_of)

@@ -82,8 +82,9 @@ def slots_of(batches: list[StepBatch]) -> list[Slot]:
 def counted_slots_of(batches: list[StepBatch]) -> list[Slot]:
     """Without fillers."""
     micros = [micro for batch in batches for micro in batch.micro_batches]
-    assert all(set(micro.weights) in ({0.0}, {1.0}) for micro in micros)
-    return [slot for micro in micros if micro.weights[0] for slot in micro.slots]
+    pairs = [pair for micro in micros for pair in zip(micro.slots, micro.weights, strict=True)]
+    assert {weight for _, weight in pairs} <= {0.0, 1.0}
+    return [slot for slot, weight in pairs if weight]
 
 
 def by_index(slots: list[Slot]) -> list[Slot]:
@@ -208,26 +209,34 @@ def test_micro_batches_of_a_step_have_about_equal_tokens(cache_folder: str) -> N
         assert max(loads) - min(loads) <= heaviest
 
 
-def test_ranks_without_a_slot_do_as_many_forwards_as_the_others(cache_folder: str) -> None:
-    """Eight slots on eleven ranks: three have a filler, which is read from the cache like any slot."""
+@pytest.mark.parametrize(("world_size", "size", "expected"), [(11, 1, 3), (3, 2, 4), (5, 2, 2)])
+def test_all_ranks_have_equal_micro_batches_filled_up(
+    cache_folder: str, world_size: int, size: int, expected: int
+) -> None:
+    """Eight slots, two a micro-batch at most; a filler is read from the cache like any slot."""
     fillers = 0
-    for rank in range(11):
-        loader = make_loader(cache_folder, rank, 11)
+    for rank in range(world_size):
+        loader = make_loader(cache_folder, rank, world_size)
         loader.enter(0, 0)
         (batch,) = take(loader, 1)
-        assert len(batch.micro_batches) == 1
-        micro = batch.micro_batches[0]
-        assert len(micro.slots) == len(micro.latents) == len(micro.text) == len(micro.weights) == 1
-        fillers += micro.weights == (0.0,)
-    assert fillers == 3
+        for micro in batch.micro_batches:
+            assert len(micro.slots) == len(micro.latents) == len(micro.text) == len(micro.weights) == size
+            fillers += micro.weights.count(0.0)
+    assert fillers == expected
 
 
 @pytest.mark.parametrize("world_size", [2, 5, 16])
 def test_held_out_slots_are_fixed_and_spread_over_any_ranks(cache_folder: str, world_size: int) -> None:
     whole = [slot for micro in make_loader(cache_folder).held_out() for slot in micro.slots]
     parts = [make_loader(cache_folder, rank, world_size, seed=99).held_out() for rank in range(world_size)]
-    assert len({len(part) for part in parts}) == 1
-    counted = [slot for part in parts for micro in part if micro.weights[0] for slot in micro.slots]
+    assert len({tuple(len(micro.slots) for micro in part) for part in parts}) == 1
+    counted = [
+        slot
+        for part in parts
+        for micro in part
+        for slot, weight in zip(micro.slots, micro.weights, strict=True)
+        if weight
+    ]
     assert sorted(counted, key=lambda slot: slot.index) == whole
     assert {slot.source for slot in whole} == {"unseen"}
     assert {slot.pyramid_stage for slot in whole} == {0, 1, 2}

@@ -19,7 +19,7 @@ from tests.trainer.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
-PATHS = [(2, 1, 1, 3), (2, 3, 3, 2), (2, 4, 2, 1)]
+PATHS = [(2, 1, 1, 3), (2, 5, 3, 3), (2, 3, 2, 1)]
 """Ranks before and after, ZeRO stage before and after."""
 
 

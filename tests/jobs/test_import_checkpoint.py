@@ -23,7 +23,7 @@ from m4v_dist.frozen.latent_normalization import LatentNormalization
 from m4v_dist.model.build import build_model
 from m4v_dist.model.checkpoint_names import to_pyramidflow_name
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
-from m4v_dist.weights_file import fill_weights, sha256
+from m4v_dist.weights_file import WeightsFile, fill_weights, sha256
 from tests.integration.small_run import make_small_cache, rows, small_values, to_toml
 from tests.trainer.made_checkpoint import made_checkpoint
 from tests.trainer.ranks import run_ranks
@@ -239,7 +239,7 @@ def test_a_run_begins_with_its_start_weights_and_goes_on_without_them(source: st
     import_checkpoint(config, False)
     assert config.start_weights is not None
     model = build_model(config.model, config.kernels, seed=0)
-    fill_weights(model, config.start_weights)
+    fill_weights(model, WeightsFile(config.start_weights))
     expected = _held_out_loss(config, model)
     fresh = _held_out_loss(config, build_model(config.model, config.kernels, seed=config.run.seed))
     assert run_ranks(_stop_then_go_on, 1, config_to_json(config), config.start_weights) == [9]

@@ -94,7 +94,7 @@ CASES += [("mamba2", is_mixed, True) for is_mixed in (False, True)]
 
 @pytest.mark.parametrize(("name", "is_mixed", "recompute"), CASES)
 def test_the_graph_holds_what_was_counted(name: str, is_mixed: bool, recompute: bool) -> None:
-    settings, kernels = _settings(name, recompute=recompute), KernelSettings()
+    settings, kernels = _settings(name, recompute="blocks" if recompute else "none"), KernelSettings()
     model_input, shapes = _columns(settings)
     counted = activation_bytes(settings, kernels, shapes, is_mixed=is_mixed)
     expected = counted.saved + counted.weights
@@ -134,7 +134,7 @@ class _PeakBytes(TorchDispatchMode):
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
 def test_the_peak_of_a_backward_is_near_what_was_counted(name: str, recompute: bool) -> None:
     """Under autocast; parameters and gradients are there before and do not count."""
-    settings, kernels = _settings(name, recompute=recompute), KernelSettings()
+    settings, kernels = _settings(name, recompute="blocks" if recompute else "none"), KernelSettings()
     model = build_model(settings, kernels, seed=0)
     model_input, shapes = _columns(settings)
     for parameter in model.parameters():
@@ -153,7 +153,7 @@ def test_a_fused_scan_and_recompute_leave_far_less_of_the_papers_model() -> None
     column = column_of((96, 160), 128)(31, 2)
 
     def peak(backend: str, *, recompute: bool) -> float:
-        settings = ModelSettings.model_validate({"preset": "m4v_2b", "recompute": recompute})
+        settings = ModelSettings.model_validate({"preset": "m4v_2b", "recompute": "blocks" if recompute else "none"})
         kernels = KernelSettings.model_validate({"backend": backend})
         return activation_bytes(settings, kernels, [column], is_mixed=True).peak / 2**30
 

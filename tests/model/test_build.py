@@ -7,7 +7,7 @@ import torch
 
 from m4v_dist.config.model_settings import Ablation, KernelSettings, ModelSettings
 from m4v_dist.errors import ConfigError
-from m4v_dist.model.build import build_model, build_on_meta
+from m4v_dist.model.build import build_model, build_on_meta, model_parts
 
 KERNELS = KernelSettings()
 SMALL = {"num_double_blocks": 1, "temporal_width": 16, "temporal_heads": 2}
@@ -89,3 +89,23 @@ def test_a_backend_that_cannot_run_is_refused_before_the_model_is_built() -> Non
     with pytest.raises(ConfigError, match='kernels.backend="triton"'):
         build_on_meta(ModelSettings(mixer="interleaved"), KernelSettings(backend="triton"))
     build_on_meta(ModelSettings(mixer="attention"), KernelSettings(backend="triton"))
+
+
+def test_parts_hold_each_parameter_once_and_get_memory_one_after_the_other() -> None:
+    settings = ModelSettings(num_single_blocks=2, mixer="parallel", **SMALL)
+    names = [
+        f"{name}.{own}" for name, part in model_parts(build_on_meta(settings, KERNELS)) for own in part.state_dict()
+    ]
+    placed: list[str] = []
+
+    def place(name: str, part: torch.nn.Module) -> None:
+        for own, tensor in part.state_dict().items():
+            assert tensor.isfinite().all(), f"{name}.{own} has no weights yet"
+            tensor.fill_(len(placed))
+        placed.append(name)
+
+    model = build_model(settings, KERNELS, seed=1, place=place)
+    assert sorted(names) == sorted(model.state_dict())
+    for number, (name, part) in enumerate(model_parts(model)):
+        assert placed[number] == name
+        assert all((tensor == number).all() for tensor in part.state_dict().values()), "a later part drew it anew"

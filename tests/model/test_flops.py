@@ -33,6 +33,7 @@ from m4v_dist.model.flops import (
     scanned_tokens,
     temporal_tokens,
     training_flops,
+    unified_block,
 )
 from m4v_dist.model.paper_flops import CONVENTIONS, REPORTED, paper_figures
 from m4v_dist.model.parameters import PARTS as PARAMETER_PARTS
@@ -162,10 +163,30 @@ def test_training_is_three_forwards_but_for_two_known_terms(name: str) -> None:
 
 def test_recompute_adds_a_forward_of_the_blocks() -> None:
     shape = column_of(GRID, 9)(3, 2)
-    plain, again = _settings(), _settings(recompute=True)
+    plain, again, half = (
+        _settings(),
+        _settings(recompute="blocks"),
+        _settings(recompute="blocks", recompute_fraction=0.5),
+    )
     forward = forward_flops(plain, shape)
     blocks = forward.total() - forward["embedders"] - forward["out"]
     assert training_flops(again, shape).total() - training_flops(plain, shape).total() == blocks
+    # of one double and two unified blocks, round(0.5) = 0 and 1
+    one = unified_block(plain, "ssm", shape).total()
+    assert training_flops(half, shape).total() - training_flops(plain, shape).total() == one
+
+
+@pytest.mark.parametrize("name", ["mamba2", "attention", "parallel"])
+def test_selective_recompute_runs_no_linear_and_no_attention_again(name: str) -> None:
+    """Counted in a real step: what runs again is scan and temporal attention, whole or up to where backward has all."""
+    plain, again = (_settings(**SWITCHES[name], recompute=recompute) for recompute in ("none", "selective"))
+    column, shape = _column(plain, 4, 2, 33)
+    counted = _counted(again, [column], backward=True) - _counted(plain, [column], backward=True)
+    expected = training_flops(again, shape) - training_flops(plain, shape)
+    assert set(expected) <= {"unified: ssm convolution", "unified: ssm scan", "unified: temporal attention"}
+    overhead = _overhead(again, [shape])
+    assert 0 <= counted <= expected.total() - expected["unified: ssm convolution"] + overhead.total()
+    assert bool(counted) == (name != "attention")
 
 
 def test_a_frozen_set_has_no_weight_gradients() -> None:

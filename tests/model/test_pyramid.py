@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from m4v_dist.batch import Column, ModelInput, TextFeatures
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
@@ -195,14 +198,61 @@ def test_every_clip_and_the_text_change_the_prediction(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["ssm", "mil", "mamba1"])
-def test_recompute_gives_the_same_loss_and_gradients(variant: str) -> None:
+def test_every_kind_of_recompute_gives_the_same_loss_and_gradients(variant: str) -> None:
     results = []
-    for recompute in (False, True):
+    for recompute in ("none", "blocks", "selective"):
         model = _perturbed(TINY.model_copy(update={**VARIANTS[variant], "recompute": recompute}))
         loss = sum(out.square().mean() for out in model(ModelInput(_columns())))
         loss.backward()  # type: ignore[union-attr]
         results.append((loss, [parameter.grad for parameter in model.parameters()]))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=0, atol=0)
+
+
+class _Kept(TorchDispatchMode):
+    """Bytes of all tensors made inside that are still alive, each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def size_bytes(self) -> int:
+        return sum(size for storage, size in self.storages.values() if not storage.expired())
+
+
+def _kept_bytes(**options: Any) -> int:
+    """What a forward leaves alive for its backward."""
+    model = _perturbed(TINY.model_copy(update=options))
+    model(ModelInput(_columns()))  # makes the tables, which stay
+    with _Kept() as kept:
+        out = model(ModelInput(_columns()))
+    assert out[0].grad_fn is not None
+    return kept.size_bytes()
+
+
+@pytest.mark.parametrize("mixer", ["ssm", "attention"])
+def test_selective_recompute_keeps_less_than_none_and_more_than_blocks(mixer: str) -> None:
+    none, selective, blocks, half = (
+        _kept_bytes(mixer=mixer, recompute=recompute, recompute_fraction=fraction)
+        for recompute, fraction in (("none", 1.0), ("selective", 1.0), ("blocks", 1.0), ("blocks", 0.5))
+    )
+    assert blocks < selective < 0.7 * none
+    assert blocks < half < none
+    assert _kept_bytes(mixer=mixer, recompute="blocks", recompute_fraction=0.0) == none
+
+
+def test_a_fraction_of_the_blocks_recomputes_from_the_first() -> None:
+    settings = TINY.model_copy(update={"recompute": "selective", "recompute_fraction": 0.75})
+    assert [settings.recompute_of(number, 4) for number in range(4)] == ["selective"] * 3 + ["none"]
+    assert [settings.recompute_of(number, 1) for number in range(1)] == ["selective"]
 
 
 @pytest.mark.parametrize("variant", ["ssm", "mil", "mamba1"])

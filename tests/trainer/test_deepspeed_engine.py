@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from m4v_dist.config.load import parse_config
 from m4v_dist.config.training_settings import TrainerSettings
+from m4v_dist.errors import ConfigError
 from m4v_dist.parallel.mesh import Mesh
-from m4v_dist.trainer.deepspeed_engine import ZeroEngine
+from m4v_dist.trainer.deepspeed_engine import ZeroEngine, partition
+from tests.config.run_values import run_values
 from tests.trainer.ranks import run_fresh_ranks, run_ranks
 from tests.trainer.toy import ToyModel, toy_batch, toy_objective
 
 NUM_SLOTS = 12
+FRESH_SCALE = 3.0
 
 
 def _settings(zero_stage: int, **changes: Any) -> TrainerSettings:
@@ -26,7 +30,7 @@ def _train_step(engine: ZeroEngine, mesh: Mesh, step: int) -> float | None:
     with engine.accumulate():
         for indices in (mine[:1], mine[1:]):
             engine.backward(toy_objective(engine.model, toy_batch(step, indices, NUM_SLOTS)).loss)
-    return engine.step(lr=0.05)
+    return engine.step(lr=0.05, fresh_scale=FRESH_SCALE)
 
 
 def _full_weights(engine: ZeroEngine, mesh: Mesh) -> dict[str, Tensor]:
@@ -41,10 +45,15 @@ def _full_weights(engine: ZeroEngine, mesh: Mesh) -> dict[str, Tensor]:
     return {name: values.view(engine.shapes[name]) for name, values in whole.items()}
 
 
-def _engine_job(zero_stage: int) -> dict[str, Any]:
+def _engine_job(zero_stage: int, offload: str, hpz: int) -> dict[str, Any]:
     mesh = Mesh.of_process_group(use_gpu=False)
-    settings = _settings(zero_stage, max_grad_norm=0.5)
-    engine = ZeroEngine(ToyModel(0), settings, freeze=(), micro_batch_slots=3, mesh=mesh)
+    settings = _settings(zero_stage, max_grad_norm=0.5, offload=offload, hpz_partition_size=hpz)
+    model = ToyModel(0)
+    for part in model.children():
+        partition(part, settings, mesh)
+    engine = ZeroEngine(model, settings, freeze=(), micro_batch_slots=3, mesh=mesh)
+    is_offloaded = engine._zero.offload_optimizer if zero_stage == 3 else engine._zero.cpu_offload
+    assert is_offloaded == (offload == "optimizer")
     norms = [_train_step(engine, mesh, step) for step in range(3)]
     answer: dict[str, Any] = {"norms": norms, "weights": _full_weights(engine, mesh)}
     # one rank meets a NaN: no rank may move
@@ -80,9 +89,10 @@ def _engine_job(zero_stage: int) -> dict[str, Any]:
 def _plain_torch() -> tuple[list[float], dict[str, Tensor]]:
     """The same three steps in one process: the whole batch at once, torch's own AdamW and clipping."""
     model, norms = ToyModel(0), []
-    decays = [p for n, p in model.named_parameters() if p.ndim > 1 and n != "register"]
-    others = [p for n, p in model.named_parameters() if p.ndim < 2 or n == "register"]
-    groups = [{"params": decays, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
+    decays = [p for n, p in model.named_parameters() if p.ndim > 1 and n != "registers"]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    fresh = {"params": [model.registers], "weight_decay": 0.0, "lr": 0.05 * FRESH_SCALE}
+    groups = [{"params": decays, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}, fresh]
     optimizer = torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95))
     for step in range(3):
         optimizer.zero_grad()
@@ -92,9 +102,21 @@ def _plain_torch() -> tuple[list[float], dict[str, Tensor]]:
     return norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda stage: f"zero{stage}")
+@pytest.fixture(
+    scope="module",
+    params=[
+        (1, "none", 1),
+        (2, "none", 1),
+        (3, "none", 1),
+        (1, "optimizer", 1),
+        (2, "optimizer", 1),
+        (3, "optimizer", 1),
+        (3, "none", 2),
+    ],
+    ids=["zero1", "zero2", "zero3", "zero1-offload", "zero2-offload", "zero3-offload", "zero3-hpz"],
+)
 def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return run_ranks(_engine_job, 2, request.param)
+    return run_ranks(_engine_job, 2, *request.param)
 
 
 def test_two_ranks_with_different_graphs_move_as_one_process_would(answers: list[dict[str, Any]]) -> None:
@@ -131,6 +153,14 @@ def test_a_frozen_set_stays_and_the_rest_moves(answers: list[dict[str, Any]]) ->
     before = dict(ToyModel(0).named_parameters())
     for name, value in answers[0]["frozen_weights"].items():
         assert torch.equal(value, before[name]) == name.startswith("double_blocks"), name
+
+
+@pytest.mark.parametrize(("zero_stage", "hpz"), [(2, 2), (3, 3)])
+def test_second_copies_in_a_node_need_zero_3_and_whole_nodes(zero_stage: int, hpz: int) -> None:
+    values = run_values()
+    values["trainer"] = {"zero_stage": zero_stage, "hpz_partition_size": hpz}
+    with pytest.raises(ConfigError, match=f"hpz_partition_size={hpz} .*they are {zero_stage} and 2: use the number"):
+        parse_config(values, where="test")
 
 
 def _one_step() -> float | None:

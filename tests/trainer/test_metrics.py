@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from m4v_dist.config.training_settings import LoggingSettings
-from m4v_dist.trainer.deepspeed_engine import Slice
 from m4v_dist.trainer.ema import Ema, decay_at
 from m4v_dist.trainer.guards import Clock
 from m4v_dist.trainer.metrics import Ledger, Metrics, broken_attempt, read_rows
+from m4v_dist.trainer.zero_slices import Slice
 from tests.trainer.toy import toy_config
 
 

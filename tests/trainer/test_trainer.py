@@ -18,7 +18,7 @@ from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.trainer import Trainer
 from tests.trainer.ranks import run_ranks
-from tests.trainer.toy import ToyLoader, ToyModel, ToyOutput, toy_config, toy_objective
+from tests.trainer.toy import ToyLoader, ToyModel, ToyOutput, build_toy, toy_config, toy_objective
 
 TOTAL = 10
 
@@ -27,7 +27,7 @@ def _trainer(folder: str, *, objective: Any = toy_objective, **settings: Any) ->
     mesh = Mesh.of_process_group(use_gpu=False)
     loader = ToyLoader(12, mesh.rank, mesh.world_size, micro=3)
     config = toy_config(folder, **settings)
-    return Trainer(config, mesh, build_model=lambda: ToyModel(5), objective=objective, loader=loader)
+    return Trainer(config, mesh, build_model=build_toy, objective=objective, loader=loader)
 
 
 def _straight_job(folder: str) -> int:
@@ -51,6 +51,7 @@ def test_curriculum_stages_change_freeze_set_rate_and_data_counts_at_their_bound
     assert [(row["curriculum_stage"], row["step"]) for row in rows(folder, "stage")] == [("first", 0), ("second", 4)]
     rates = [row["train/lr"] for row in rows(folder, "train")]
     assert rates == [0.05] * 4 + [0.01] + [0.02] * 5
+    assert [row["train/lr_fresh"] for row in rows(folder, "train")] == [4 * rate for rate in rates[:4]] + rates[4:]
     last = rows(folder, "train")[-1]
     assert last["data/clips/samples_seen"] == last["data/images/samples_seen"] == 6 * TOTAL
     assert last["data/clips/tokens_seen"] == 50 * 6 * TOTAL, "the loader counts, and nobody beside it"
@@ -59,7 +60,11 @@ def test_curriculum_stages_change_freeze_set_rate_and_data_counts_at_their_bound
     state = checkpoint.read_state(str(checkpoint.newest_committed(f"{folder}/checkpoints")))
     assert state["loader"] == {"cursor": 12 * TOTAL} and "seen" not in state
     steps = state["optimizer_steps"]
-    assert steps == {"double_blocks/decay": 6, "double_blocks/no_decay": 6, "rest/decay": 10, "rest/no_decay": 10}
+    assert {name: count for name, count in steps.items() if name.startswith("double_blocks/")} == {
+        "double_blocks/decay": 6,
+        "double_blocks/no_decay": 6,
+    }
+    assert {steps[name] for name in ("fresh/no_decay", "rest/decay", "rest/no_decay")} == {10} and len(steps) == 5
     losses = [row["validation/held_out_loss"] for row in rows(folder, "held_out")]
     assert [row["step"] for row in rows(folder, "held_out")] == [0, TOTAL]
     assert losses[1] < losses[0]
@@ -95,9 +100,9 @@ def _filled_jobs(folder: str) -> list[str]:
     def attempt(name: str, **options: Any) -> Trainer:
         trainer = _trainer(folder, **options)
 
-        def fill(model: nn.Module) -> None:
+        def fill(_: str, model: nn.Module) -> None:
             assert isinstance(model, ToyModel)
-            nn.init.constant_(model.register, 0.25)
+            nn.init.constant_(model.registers, 0.25)
             filled.append(name)
 
         trainer.fill_start = fill

@@ -1,6 +1,6 @@
 """A toy model, objective and loader with the seams of the real ones, small enough to run a step in milliseconds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ WIDTH = 7
 
 
 class ToyModel(nn.Module):
-    """Two kinds of blocks; odd widths, so that ranges of ranks fall inside parameters."""
+    """Two kinds of blocks and fresh registers; odd widths, so that ranges of ranks fall inside parameters."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class ToyModel(nn.Module):
         self.double_blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
         self.single_blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
         self.A_log = nn.Parameter(torch.zeros(WIDTH))
-        self.register = nn.Parameter(torch.zeros(3, WIDTH))
+        self.registers = nn.Parameter(torch.zeros(3, WIDTH))
         self.only_late = nn.Parameter(torch.zeros(5, WIDTH))
         with torch.no_grad():
             for parameter in self.parameters():
@@ -31,9 +31,16 @@ class ToyModel(nn.Module):
     def forward(self, values: Tensor, unit: int) -> Tensor:  # s d -> s d
         for block in [*self.double_blocks, *self.single_blocks]:
             values = values + torch.tanh(block(values))
-        values = values * torch.exp(self.A_log) + self.register.sum(0)
+        values = values * torch.exp(self.A_log) + self.registers.sum(0)
         # A branch that only some ranks take: their graphs differ, as with images beside video.
         return values + self.only_late.mean(0) if unit > 1 else values
+
+
+def build_toy(place: Callable[[str, nn.Module], None]) -> ToyModel:
+    """The model as one part."""
+    model = ToyModel(5)
+    place("", model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,14 @@ def toy_config(folder: str, **trainer: Any) -> RunConfig:
             "precompute": {"cache": folder, "buckets": [bucket]},
             "model": {},
             "curriculum": [
-                {**stage, "name": "first", "num_steps": 4, "learning_rate": 0.05, "freeze": ["double_blocks"]},
+                {
+                    **stage,
+                    "name": "first",
+                    "num_steps": 4,
+                    "learning_rate": 0.05,
+                    "fresh_learning_rate_scale": 4.0,
+                    "freeze": ["double_blocks"],
+                },
                 {**stage, "name": "second", "num_steps": 6, "learning_rate": 0.02, "warmup_steps": 2},
             ],
             "trainer": settings,
