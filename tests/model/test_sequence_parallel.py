@@ -82,7 +82,7 @@ def _columns_of(case: str) -> tuple[Column, ...]:
 def _answer(case: Case, sequence: SequenceGroup, device: torch.device) -> Answer:
     """Velocities, and the gradients of a loss that weighs each column differently."""
     settings = _settings(case.variant).model_copy(
-        update={"recompute": case.recompute, "has_temporal_mask": case.columns != "one clip"}
+        update={"recompute": "blocks" if case.recompute else "none", "has_temporal_mask": case.columns != "one clip"}
     )
     model = _perturbed(settings).to(device)
     # Weights drawn without a sequence group, so that they are those of one rank by construction.
