@@ -1,5 +1,6 @@
 """What of the engine only a GPU shows: optimizer state on the host, and blocks compiled for the device."""
 
+import os
 from typing import Any
 
 import pytest
@@ -49,7 +50,9 @@ def _steps(recompute: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(recompute: str = "none", **settings: Any) -> dict[str, Any]:
-    (answer,) = run_fresh_ranks(_steps, 1, recompute, settings, environment={"DS_ACCELERATOR": "cuda"}, timeout_s=300)
+    (answer,) = run_fresh_ranks(
+        _steps, 1, recompute, settings, environment={**os.environ, "DS_ACCELERATOR": "cuda"}, timeout_s=300
+    )
     return answer
 
 
