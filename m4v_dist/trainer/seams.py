@@ -17,6 +17,11 @@ class ObjectiveOutput(Protocol):
         ...
 
     @property
+    def slot_losses(self) -> Tensor:
+        """[slots], detached: each slot's own loss, before its weight; what is read where a step is not finite."""
+        ...
+
+    @property
     def metrics(self) -> Mapping[str, Tensor]:
         """Name to [2]: sum and count over slots, so that ranks and micro-batches add up; always the same names."""
         ...

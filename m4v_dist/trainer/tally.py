@@ -4,7 +4,6 @@ Collected per rank as one float64 vector and summed over ranks once, so that a s
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from m4v_dist.batch import LatentBatch
 from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.trainer.seams import ObjectiveOutput
+from m4v_dist.trainer.slots_in_flight import SlotInFlight, slots_in_flight
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,25 @@ class Tally:
         # Numbers stay on their device until the sum: no device sync in a micro-batch.
         self._losses: list[Tensor] = []
         self._metrics: dict[str, list[Tensor]] = {}
+        self._slots: list[tuple[LatentBatch, Tensor]] = []
 
-    def add(self, loss: Tensor, metrics: Mapping[str, Tensor], batch: LatentBatch) -> None:
+    def add(self, output: ObjectiveOutput, batch: LatentBatch) -> None:
         """Count one micro-batch.
 
         Args:
-            loss: scalar, this micro-batch's share of the global loss.
-            metrics: name to [2], sum and count over slots; the same names on every call and rank.
-            batch: where they come from.
+            output: of the objective; its metrics have the same names on every call and rank.
+            batch: where it comes from.
         """
-        self._losses.append(loss.detach())
-        for name, value in metrics.items():
+        self._losses.append(output.loss.detach())
+        for name, value in output.metrics.items():
             self._metrics.setdefault(name, []).append(value.detach())
+        self._slots.append((batch, output.slot_losses))
         self._tokens += sum(slot.num_tokens for slot, weight in zip(batch.slots, batch.weights, strict=True) if weight)
+
+    def slots_in_flight(self, mesh: Mesh) -> list[SlotInFlight]:
+        """The slots of all ranks with their losses (collective): asked for where a step was not finite."""
+        mine = [slot for batch, losses in self._slots for slot in slots_in_flight(mesh.rank, batch, losses)]
+        return sorted((slot for part in mesh.gather(mine) for slot in part), key=lambda slot: slot.index)
 
     def summed(self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False) -> Sums:
         """Sum over ranks (collective).

@@ -33,6 +33,7 @@ from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
 from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
 from m4v_dist.trainer.seams import Loader, Objective, StepBatch
+from m4v_dist.trainer.slots_in_flight import skipped_row
 from m4v_dist.trainer.tally import Tally, train_row
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ class Trainer:
             for micro_batch in batch.micro_batches:
                 output = self.objective(self.engine.model, micro_batch)
                 self.engine.backward(output.loss)
-                tally.add(output.loss, output.metrics, micro_batch)
+                tally.add(output, micro_batch)
         wants_stop = self.mesh.is_main and self.should_stop()
         sums = tally.summed(self.mesh, bad_records=self.loader.num_bad_records, wants_stop=wants_stop)
         self.wants_stop = sums.wants_stop
@@ -225,7 +226,11 @@ class Trainer:
             row |= {f"data/{name}/tokens_seen": self.loader.tokens_seen.get(name, 0) for name in self.sources}
             row |= {"train/lr": rate, "train/skipped_steps": self.skipped.total}
             self._write("train", self.step, {"curriculum_stage": curriculum_stage.settings.name, **row})
-        # After the row, which says what was not finite.
+        if norm is None:
+            slots = tally.slots_in_flight(self.mesh)
+            if self.mesh.is_main:
+                self._write("skipped", self.step, skipped_row(slots, step=self.step, loss=sums.loss))
+        # After the rows, which say what was not finite.
         self.skipped.require_finite(step=self.step, loss=sums.loss)
         self.step += 1
 
@@ -239,7 +244,7 @@ class Trainer:
         tally = Tally()
         for micro_batch in self.loader.held_out():
             output = self.objective(self.engine.model, micro_batch)
-            tally.add(output.loss, output.metrics, micro_batch)
+            tally.add(output, micro_batch)
         self.engine.train(True)
         sums = tally.summed(self.mesh)
         elapsed = self.clock.lap()

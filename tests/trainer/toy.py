@@ -40,6 +40,7 @@ class ToyModel(nn.Module):
 class ToyOutput:
     loss: Tensor
     metrics: dict[str, Tensor]
+    slot_losses: Tensor
 
 
 def toy_objective(model: nn.Module, batch: LatentBatch) -> ToyOutput:
@@ -55,7 +56,7 @@ def toy_objective(model: nn.Module, batch: LatentBatch) -> ToyOutput:
         f"loss_pyramid_stage_{k}": torch.stack([slot_losses.detach()[stages == k].sum(), (stages == k).sum()])
         for k in range(3)
     }
-    return ToyOutput(loss, metrics)
+    return ToyOutput(loss, metrics, slot_losses.detach())
 
 
 def toy_slot(step: int, index: int) -> tuple[Slot, Tensor]:
