@@ -37,6 +37,7 @@ from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.curriculum import curriculum_stages
 from m4v_dist.trainer.deepspeed_engine import model_state_bytes
+from m4v_dist.trainer.failure_report import report_failure
 from m4v_dist.trainer.optimizer import is_frozen
 from m4v_dist.trainer.resume import require_same_run
 from m4v_dist.trainer.trainer import Trainer
@@ -84,6 +85,7 @@ def train(config: RunConfig, dry_run: bool) -> str:
             config.run.name,
             notes,
             progress=newest_checkpoint,
+            failure_report=report_rank_failure,
         )
     loss = result["held_out_loss"]
     held_out = "" if loss is None else f", held-out loss {loss:.4f}"
@@ -118,6 +120,11 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
 def newest_checkpoint(task: dict[str, Any]) -> str | None:
     """What a restart would go on from: it has brought nothing new if the one before it went on from the same."""
     return checkpoint.newest_committed(storage.join(config_from_json(task["config"]).run.folder, "checkpoints"))
+
+
+def report_rank_failure(task: dict[str, Any], silent_ranks: list[int]) -> str | None:
+    """Write why the newest attempt ended, and say it in a sentence."""
+    return report_failure(config_from_json(task["config"]).run.folder, silent_ranks)
 
 
 def build_loader(config: RunConfig, cache: LatentCache, rank: int, world_size: int) -> LatentLoader:

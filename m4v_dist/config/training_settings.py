@@ -83,6 +83,19 @@ class TrainerSettings(Settings):
     max_skipped_steps: int = Field(
         default=10, ge=0, description="Non-finite steps in a row that are skipped, not more."
     )
+    stall_timeout_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="Seconds without a finished step after which a rank writes the stacks of its threads; 0: no clock.",
+    )
+    stall_start_timeout_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="The same for what is no step, and the step after it: building, loading, compiling, saves.",
+    )
+    stall_abort_s: float = Field(
+        default=600.0, ge=0, description="Seconds after that until the rank ends itself, to be restarted; 0: never."
+    )
     num_threads: PositiveInt = Field(
         default=1, description="CPU threads of torch in a training worker, and in jobs.sample."
     )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 
 from m4v_dist import storage
@@ -12,6 +13,8 @@ from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics, broken_attempt, read_rows
 
 logger = logging.getLogger(__name__)
+
+_FILE = re.compile(r"^attempt_(\d+)\.json$")
 
 
 def begin_attempt(config: RunConfig, mesh: Mesh) -> tuple[str | None, Ledger, Metrics | None, Broken | None]:
@@ -36,7 +39,8 @@ def begin_attempt(config: RunConfig, mesh: Mesh) -> tuple[str | None, Ledger, Me
         return saved, Ledger(), None, None
     folder = config.run.folder
     attempts = storage.join(folder, "attempts")
-    attempt = 1 + sum(name.startswith("attempt_") for name in storage.list_folder(attempts))
+    numbers = [int(found[1]) for name in storage.list_folder(attempts) if (found := _FILE.match(name))]
+    attempt = 1 + max(numbers, default=0)
     facts = {"attempt": attempt, "pids": pids, "started": time.time()}
     storage.write_json(storage.join(attempts, f"attempt_{attempt:04d}.json"), facts)
     rows, num_torn = read_rows(folder)

@@ -30,6 +30,9 @@ FREE_KEYS = (
     "trainer.validate_every_steps",
     "trainer.held_out_slots",
     "trainer.max_skipped_steps",
+    "trainer.stall_timeout_s",
+    "trainer.stall_start_timeout_s",
+    "trainer.stall_abort_s",
     "trainer.num_threads",
     "trainer.prefetch_steps",
 )

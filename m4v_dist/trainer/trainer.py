@@ -28,9 +28,11 @@ from m4v_dist.trainer.attempt import begin_attempt
 from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from m4v_dist.trainer.ema import Ema
+from m4v_dist.trainer.failure_report import report_failure
 from m4v_dist.trainer.guards import Clock, SkippedSteps
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
+from m4v_dist.trainer.rank_watch import RankWatch
 from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
 from m4v_dist.trainer.seams import Loader, Objective, StepBatch
 from m4v_dist.trainer.slots_in_flight import skipped_row
@@ -91,6 +93,7 @@ class Trainer:
         self.held_out_loss: float | None = None
         self.metrics: Metrics | None = None
         self.wants_stop = False
+        self.watch: RankWatch
         self.engine: ZeroEngine
         self.ema: Ema
 
@@ -106,8 +109,14 @@ class Trainer:
         self.saved, self.ledger, self.metrics, broken = begin_attempt(self.config, self.mesh)
         self.step = 0 if self.saved is None else checkpoint.step_of(self.saved)
         is_ended_as_asked = False
+        if self.mesh.is_main:
+            # Before any rank of this attempt leaves a file.
+            report_failure(self.folder)
+        attempt = int(self.mesh.from_main(self.metrics.attempt if self.metrics is not None else None))
+        self.watch = RankWatch(self.config.trainer, self.mesh, self.folder, attempt)
         try:
-            self._train(broken)
+            with self.watch:
+                self._train(broken)
             is_ended_as_asked = True
         except PreemptedError:
             is_ended_as_asked = True
@@ -154,6 +163,7 @@ class Trainer:
     def _enter(self, curriculum_stage: CurriculumStage) -> None:
         """Build the engine of a curriculum stage and fill it from the newest checkpoint, if there is one."""
         settings, config = curriculum_stage.settings, self.config
+        self.watch.begin("building and loading", self.step)
         model = self.build_model()
         if self.saved is None:
             self.fill_start(model)
@@ -195,6 +205,7 @@ class Trainer:
     def _train_step(self, curriculum_stage: CurriculumStage, batches: Iterator[StepBatch]) -> None:
         self._lap_other()
         batch = next(batches)
+        self.watch.begin_step(batch)
         assert batch.step == self.step, f"the loader yields step {batch.step}, the trainer is at {self.step}"
         data_s = self.clock.lap()
         rate = learning_rate(curriculum_stage.settings, self.step - curriculum_stage.start)
@@ -204,7 +215,9 @@ class Trainer:
                 output = self.objective(self.engine.model, micro_batch)
                 self.engine.backward(output.loss)
                 tally.add(output, micro_batch)
+                self.watch.at("its next micro-batch, or adding up gradients")
         wants_stop = self.mesh.is_main and self.should_stop()
+        self.watch.at("adding up over ranks")
         sums = tally.summed(self.mesh, bad_records=self.loader.num_bad_records, wants_stop=wants_stop)
         self.wants_stop = sums.wants_stop
         # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
@@ -213,6 +226,7 @@ class Trainer:
             self.engine.discard()
         if norm is not None:
             self.ema.update(self.engine.slices())
+        self.watch.end_step()
         step_s = self.clock.lap()
         self.ledger.data_s += data_s
         if norm is not None:
@@ -240,6 +254,7 @@ class Trainer:
         if not self.config.trainer.held_out_slots:
             return None
         self._lap_other()
+        self.watch.begin("the held-out loss", self.step)
         self.engine.train(False)
         tally = Tally()
         for micro_batch in self.loader.held_out():
@@ -259,6 +274,7 @@ class Trainer:
 
     def _save(self, curriculum_stage: CurriculumStage) -> None:
         self._lap_other()
+        self.watch.begin("saving", self.step)
         state = {
             "curriculum_stage": {
                 "index": curriculum_stage.index,

@@ -28,7 +28,7 @@ def _ray() -> Iterator[None]:
     assert folder is None or not Path(folder).exists(), "Ray's folder stays behind"
 
 
-def _run(function: WorkerFunction, folder: Path, settings: LaunchSettings, name: str, **options: int) -> Any:
+def _run(function: WorkerFunction, folder: Path, settings: LaunchSettings, name: str, **options: Any) -> Any:
     config = {"folder": str(folder)}
     return run_workers(function, config, settings, name, str(folder / "ray"), progress=_no_commit, **options)
 
@@ -108,8 +108,18 @@ def test_sigterm_to_the_driver_lets_the_workers_save_and_end_once(tmp_path: Path
 
 def test_retries_end_with_the_root_cause(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"max_failures": 0})
-    with pytest.raises(RetriesExhaustedError, match=r"max_failures=0.*rank 1.*ZeroDivisionError: a bug") as caught:
-        _run(_bug_on_rank_1, tmp_path, settings, "bug")
+    asked: list[list[int]] = []
+
+    def report(config: dict[str, Any], silent: list[int]) -> str:
+        assert config == {"folder": str(tmp_path)}
+        asked.append(silent)
+        return "Report: here."
+
+    with pytest.raises(
+        RetriesExhaustedError, match=r"max_failures=0.*rank 1.*ZeroDivisionError: a bug.*Report: here\."
+    ) as caught:
+        _run(_bug_on_rank_1, tmp_path, settings, "bug", failure_report=report)
+    assert asked == [[]], "rank 1 told its error"
     assert caught.value.exit_code == 6
     assert len(list(tmp_path.glob("start_*"))) == 1
 
@@ -129,6 +139,21 @@ def test_a_device_out_of_memory_ends_the_run_with_exit_4_without_a_retry(tmp_pat
         _run(_out_of_memory_on_rank_1, tmp_path, SETTINGS, "memory")
     assert caught.value.exit_code == 4
     assert len(list(tmp_path.glob("start_*"))) == 1
+
+
+def _kill_rank_1(config: dict[str, Any], _: Callable[[], bool]) -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def test_the_report_is_asked_for_with_the_rank_that_died_without_an_error(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"max_failures": 0})
+    # `.` takes no line break: the message is one line
+    with pytest.raises(RetriesExhaustedError, match=r"^workers.*rank 1 died without an error.*silent: \[1\]$"):
+        _run(_kill_rank_1, tmp_path, settings, "silent", failure_report=lambda _, silent: f"silent: {silent}")
 
 
 def test_restarts_without_a_limit_end_when_they_bring_nothing_new(tmp_path: Path) -> None:
