@@ -83,6 +83,11 @@ class TrainerSettings(Settings):
     max_skipped_steps: int = Field(
         default=10, ge=0, description="Non-finite steps in a row that are skipped, not more."
     )
+    replica_check_every_steps: int = Field(
+        default=1000,
+        ge=0,
+        description="Steps between comparisons of all ranks' weights (ZeRO 1 and 2; 3 keeps no copies); 0: never.",
+    )
     stall_timeout_s: float = Field(
         default=600.0,
         ge=0,

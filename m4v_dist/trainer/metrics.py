@@ -91,7 +91,7 @@ class Metrics:
         """Append one row.
 
         Args:
-            kind: train, skipped, held_out, checkpoint, restart, stage or ledger.
+            kind: train, skipped, replicas_differ, held_out, checkpoint, restart, stage or ledger.
             step: optimizer steps done when the row's event happened; a train row's own 0-based step.
             values: numbers and names.
         """

@@ -33,6 +33,7 @@ from m4v_dist.trainer.guards import Clock, SkippedSteps
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
 from m4v_dist.trainer.optimizer import learning_rate
 from m4v_dist.trainer.rank_watch import RankWatch
+from m4v_dist.trainer.replicas import ReplicasDifferError, require_equal_replicas
 from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
 from m4v_dist.trainer.seams import Loader, Objective, StepBatch
 from m4v_dist.trainer.slots_in_flight import skipped_row
@@ -188,6 +189,9 @@ class Trainer:
         batches = self.loader.steps()
         while self.step < curriculum_stage.stop:
             self._train_step(curriculum_stage, batches)
+            if every.replica_check_every_steps and self.step % every.replica_check_every_steps == 0:
+                # Before a save: weights that differ are not kept.
+                self._check_replicas()
             if self.step == self.config.total_steps:
                 # Before the last commit: a kill between the two would leave a finished run without its figure.
                 self.held_out_loss = self._validate()
@@ -247,6 +251,13 @@ class Trainer:
         # After the rows, which say what was not finite.
         self.skipped.require_finite(step=self.step, loss=sums.loss)
         self.step += 1
+
+    def _check_replicas(self) -> None:
+        try:
+            require_equal_replicas(self.engine.replicas(), self.mesh, step=self.step)
+        except ReplicasDifferError as error:
+            self._write("replicas_differ", self.step, {"error": str(error)})
+            raise
 
     @torch.no_grad()
     def _validate(self) -> float | None:
