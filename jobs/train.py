@@ -19,6 +19,7 @@ from data_pipeline.loader import LatentLoader
 from data_pipeline.mixture import num_micro_batches
 from data_pipeline.slot_plan import SlotPlanner
 from jobs import cli
+from jobs.batch_flops import flops_of_batches
 from m4v_dist import storage
 from m4v_dist.config.load import config_from_json, config_to_json
 from m4v_dist.config.schema import RunConfig
@@ -113,6 +114,7 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
         objective=PyramidFlowMatching(config.objective, normalization.normalize, mesh.device),
         loader=build_loader(config, cache, mesh.rank, mesh.world_size),
         should_stop=should_stop,
+        batch_flops=flops_of_batches(config),
     )
     return asdict(trainer.run())
 

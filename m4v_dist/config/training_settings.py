@@ -117,6 +117,11 @@ class LaunchSettings(Settings):
         gt=0,
         description="CPUs that Ray reserves for a worker, and OMP_NUM_THREADS there; torch obeys trainer.num_threads.",
     )
+    gpu_peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="Dense bfloat16 peak of a worker's GPU, in 1e12 FLOP/s, for perf/mfu; None: by the GPU's name.",
+    )
     max_failures: int = Field(
         default=3,
         ge=-1,

@@ -256,16 +256,22 @@ def mixer_flops(settings: ModelSettings, column: ColumnShape) -> int:
     return sum(count for part, count in forward_flops(settings, column).items() if part in MIXER_PARTS)
 
 
-def training_flops(settings: ModelSettings, column: ColumnShape) -> Flops:
+def training_flops(settings: ModelSettings, column: ColumnShape, freeze: Sequence[str] = ()) -> Flops:
     """Forward and backward of one column: three forwards, four for the blocks where `recompute` is on.
 
     A linear's backward is two products of its forward's size, so is attention's. Too high by the input gradients of the
     embedders, which nobody asks for; too low by the scores that a fused attention computes again.
+
+    Args:
+        settings: the model.
+        column: what it reads.
+        freeze: sets that do not train: their linears have no weight gradient, one forward less.
     """
     flops: Flops = Counter()
     for part, count in forward_flops(settings, column).items():
-        is_block = part not in ("embedders", "out")
-        flops[part] = count * (4 if settings.recompute and is_block else 3)
+        forwards = 4 if settings.recompute and part not in ("embedders", "out") else 3
+        is_frozen = "double_blocks" in freeze and part.startswith("double:") and part != "double: attention"
+        flops[part] = count * (forwards - is_frozen)
     return flops
 
 

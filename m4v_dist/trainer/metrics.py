@@ -69,6 +69,19 @@ class Ledger:
         return cls(**{name: value for name, value in values.items() if name != "goodput"})
 
 
+def ledger_table(ledger: Ledger) -> str:
+    """The ledger to read: seconds and share of each entry, the largest first, and the goodput."""
+    seconds = {name: value for name, value in asdict(ledger).items() if name.endswith("_s")}
+    counts = {name: value for name, value in asdict(ledger).items() if not name.endswith("_s")}
+    total = sum(seconds.values())
+    lines = [f"{'':<14}{'seconds':>12}{'share':>9}"]
+    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        lines.append(f"{name.removesuffix('_s'):<14}{value:>12.2f}{value / total if total else 0.0:>9.1%}")
+    lines.append(f"{'all':<14}{total:>12.2f}{'':>9}  goodput {ledger.goodput:.1%}")
+    lines += [f"{name} {value}" for name, value in counts.items()]
+    return "\n".join(lines)
+
+
 class Metrics:
     """The run's rows.
 

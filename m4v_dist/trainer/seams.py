@@ -29,6 +29,10 @@ class ObjectiveOutput(Protocol):
 
 Objective = Callable[[nn.Module, LatentBatch], ObjectiveOutput]
 
+BatchFlops = Callable[[LatentBatch, tuple[str, ...]], tuple[float, float]]
+"""FLOPs of a micro-batch's forward and backward under a freeze set: what the model needs, and with recompute and filler
+slots."""
+
 
 class StepBatch(Protocol):
     """This rank's micro-batches of one global step."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from m4v_dist.batch import LatentBatch
 from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.trainer.measured import Measured, spread_row, utilization_row
 from m4v_dist.trainer.seams import ObjectiveOutput
 from m4v_dist.trainer.slots_in_flight import SlotInFlight, slots_in_flight
 
@@ -25,6 +26,7 @@ class Sums:
         tokens: of all packed segments.
         bad_records: damaged records that the ranks met, summed.
         wants_stop: whether any rank (rank 0 is the one that asks) was told to stop.
+        ranks: what each rank measured of the step; empty where nobody did.
     """
 
     loss: float
@@ -32,16 +34,19 @@ class Sums:
     tokens: int
     bad_records: int
     wants_stop: bool
+    ranks: tuple[Measured, ...] = ()
 
 
-def train_row(sums: Sums, *, norm: float | None, step_s: float, data_s: float, world_size: int) -> dict[str, float]:
+def train_row(
+    sums: Sums, *, norm: float | None, step_s: float, data_s: float, peak_tflops: float | None
+) -> dict[str, float]:
     """One training step as metrics.
 
     Args:
-        sums: of the step.
+        sums: of the step, with what each rank measured.
         norm: of the gradient; None if the step was skipped, which is shown as NaN.
         step_s, data_s: seconds in the step, and waiting for its data.
-        world_size: ranks.
+        peak_tflops: of one GPU, or None; see `utilization_row`.
     """
     return {
         "train/loss": sums.loss,
@@ -49,7 +54,9 @@ def train_row(sums: Sums, *, norm: float | None, step_s: float, data_s: float, w
         "data/bad_records": sums.bad_records,
         "timing/step_s": step_s,
         "timing/data_s": data_s,
-        "perf/tokens_per_sec_per_gpu": sums.tokens / (step_s + data_s) / world_size,
+        "perf/tokens_per_sec_per_gpu": sums.tokens / (step_s + data_s) / len(sums.ranks),
+        **utilization_row(sums.ranks, seconds=step_s + data_s, peak_tflops=peak_tflops),
+        **spread_row(sums.ranks),
         **{f"train/{name}": value for name, value in sums.means.items()},
     }
 
@@ -82,20 +89,24 @@ class Tally:
         mine = [slot for batch, losses in self._slots for slot in slots_in_flight(mesh.rank, batch, losses)]
         return sorted((slot for part in mesh.gather(mine) for slot in part), key=lambda slot: slot.index)
 
-    def summed(self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False) -> Sums:
+    def summed(
+        self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False, measured: Measured | None = None
+    ) -> Sums:
         """Sum over ranks (collective).
 
         Args:
             mesh: rank facts.
             bad_records: this rank's count.
             wants_stop: whether this rank was told to stop; it travels with the numbers that every step sums anyway.
+            measured: of this rank; every rank gives one, or none does.
         """
         losses = torch.stack([value.double() for value in self._losses]).sum().reshape(1).cpu()
         metrics = [torch.stack(values).double().sum(0).cpu() for values in self._metrics.values()]
         counts = torch.tensor([bad_records, wants_stop, self._tokens]).double()
-        total = mesh.sum_over_ranks(torch.cat([losses, *metrics, counts])).tolist()
-        pairs = total[1 : 1 + 2 * len(metrics)]
-        bad, stop, tokens = (int(value) for value in total[1 + 2 * len(metrics) :])
+        placed = [] if measured is None else [measured.placed(mesh.rank, mesh.world_size)]
+        total = mesh.sum_over_ranks(torch.cat([losses, *metrics, counts, *placed])).tolist()
+        pairs, rest = total[1 : 1 + 2 * len(metrics)], total[1 + 2 * len(metrics) :]
+        bad, stop, tokens = (int(value) for value in rest[: len(counts)])
         return Sums(
             loss=total[0],
             means={
@@ -104,4 +115,5 @@ class Tally:
             tokens=tokens,
             bad_records=bad,
             wants_stop=stop > 0,
+            ranks=Measured.of_sum(rest[len(counts) :]),
         )

@@ -29,13 +29,15 @@ from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.failure_report import report_failure
+from m4v_dist.trainer.gpu_peak import gpu_peak_tflops
 from m4v_dist.trainer.guards import Clock, SkippedSteps
-from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
+from m4v_dist.trainer.measured import StepMeter
+from m4v_dist.trainer.metrics import Broken, Ledger, Metrics, ledger_table
 from m4v_dist.trainer.optimizer import learning_rate
 from m4v_dist.trainer.rank_watch import RankWatch
 from m4v_dist.trainer.replicas import ReplicasDifferError, require_equal_replicas
 from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
-from m4v_dist.trainer.seams import Loader, Objective, StepBatch
+from m4v_dist.trainer.seams import BatchFlops, Loader, Objective, StepBatch
 from m4v_dist.trainer.slots_in_flight import skipped_row
 from m4v_dist.trainer.tally import Tally, train_row
 
@@ -68,6 +70,7 @@ class Trainer:
         objective: called with the engine's model and a micro-batch.
         loader: this rank's.
         should_stop: asked on rank 0 in each step; True saves after that step and ends with PreemptedError.
+        batch_flops: counts a micro-batch, for MFU; without it there is none.
     """
 
     def __init__(
@@ -80,9 +83,12 @@ class Trainer:
         loader: Loader,
         fill_start: Callable[[nn.Module], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
+        batch_flops: BatchFlops = lambda _batch, _freeze: (0.0, 0.0),
     ) -> None:
         self.config, self.mesh, self.objective, self.loader = config, mesh, objective, loader
         self.build_model, self.fill_start, self.should_stop = build_model, fill_start, should_stop
+        self.meter = StepMeter(mesh.device, batch_flops)
+        self.peak_tflops = gpu_peak_tflops(mesh.device, config.launch.gpu_peak_tflops)
         self.folder = config.run.folder
         self.checkpoints = storage.join(self.folder, "checkpoints")
         self.sources = tuple(source.name for source in config.train_sources)
@@ -214,15 +220,20 @@ class Trainer:
         data_s = self.clock.lap()
         rate = learning_rate(curriculum_stage.settings, self.step - curriculum_stage.start)
         tally = Tally()
+        self.meter.begin()
         with self.engine.accumulate():
             for micro_batch in batch.micro_batches:
                 output = self.objective(self.engine.model, micro_batch)
                 self.engine.backward(output.loss)
                 tally.add(output, micro_batch)
                 self.watch.at("its next micro-batch, or adding up gradients")
+            self.meter.end()
         wants_stop = self.mesh.is_main and self.should_stop()
         self.watch.at("adding up over ranks")
-        sums = tally.summed(self.mesh, bad_records=self.loader.num_bad_records, wants_stop=wants_stop)
+        measured = self.meter.measured(batch, curriculum_stage.settings.freeze, data_s=data_s)
+        sums = tally.summed(
+            self.mesh, bad_records=self.loader.num_bad_records, wants_stop=wants_stop, measured=measured
+        )
         self.wants_stop = sums.wants_stop
         # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
         norm = self.engine.step(rate) if math.isfinite(sums.loss) else None
@@ -239,7 +250,7 @@ class Trainer:
             self.ledger.lost_s += step_s
         self.skipped.record(step=self.step, is_applied=norm is not None, loss=sums.loss)
         if self.step % self.config.logging.every_steps == 0:
-            row = train_row(sums, norm=norm, step_s=step_s, data_s=data_s, world_size=self.mesh.world_size)
+            row = train_row(sums, norm=norm, step_s=step_s, data_s=data_s, peak_tflops=self.peak_tflops)
             row |= {f"data/{name}/samples_seen": self.loader.samples_seen.get(name, 0) for name in self.sources}
             row |= {f"data/{name}/tokens_seen": self.loader.tokens_seen.get(name, 0) for name in self.sources}
             row |= {"train/lr": rate, "train/skipped_steps": self.skipped.total}
@@ -331,7 +342,7 @@ class Trainer:
             self._lap_other()
             self._write("ledger", self.step, self.ledger.to_json())
             self._write_ledger()
-            self._log("ledger: %s", ", ".join(f"{name} {value:.2f}" for name, value in self.ledger.to_json().items()))
+            self._log("where the time of the run went\n%s", ledger_table(self.ledger))
         if self.metrics is not None:
             self.metrics.close(is_success=is_ended_as_asked)
 
