@@ -57,6 +57,16 @@ class CurriculumStageSettings(Settings):
     freeze: tuple[Literal["double_blocks"], ...] = Field(default=(), description="What does not train in this stage.")
 
 
+class ProfileSettings(Settings):
+    """Steps that are trained under torch's profiler."""
+
+    start_step: int = Field(
+        ge=0, description="First global step of the window; the first of a run would show its start."
+    )
+    num_steps: int = Field(default=3, ge=1, le=100, description="Steps of the window; a trace grows with each.")
+    ranks: tuple[int, ...] = Field(default=(0,), min_length=1, description="Ranks that write a trace.")
+
+
 class TrainerSettings(Settings):
     """The loop: optimizer, ZeRO, EMA, checkpoints, validation."""
 
@@ -82,6 +92,9 @@ class TrainerSettings(Settings):
     held_out_slots: int = Field(default=16, ge=0, description="Fixed slots of the held-out loss; 0 switches it off.")
     max_skipped_steps: int = Field(
         default=10, ge=0, description="Non-finite steps in a row that are skipped, not more."
+    )
+    profile: ProfileSettings | None = Field(
+        default=None, description="Window of steps with a trace and, on a GPU, a memory history; None: no window."
     )
     replica_check_every_steps: int = Field(
         default=1000,

@@ -16,7 +16,8 @@ from m4v_dist.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 FREE_SECTIONS = (
-    "launch", "logging", "sampling", "benchmark", "precompute", "kernels", "codec.weights", "text_encoder.weights",
+    "launch", "logging", "sampling", "benchmark", "trainer.profile",
+    "precompute", "kernels", "codec.weights", "text_encoder.weights",
 )  # fmt: skip
 """Of codec and text encoder the paths may move: the cache's fingerprint holds the content."""
 FREE_KEYS = (

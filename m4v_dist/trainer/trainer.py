@@ -34,6 +34,7 @@ from m4v_dist.trainer.guards import Clock, SkippedSteps
 from m4v_dist.trainer.measured import StepMeter
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics, ledger_table
 from m4v_dist.trainer.optimizer import learning_rate
+from m4v_dist.trainer.profiling import ProfileWindow
 from m4v_dist.trainer.rank_watch import RankWatch
 from m4v_dist.trainer.replicas import ReplicasDifferError, require_equal_replicas
 from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
@@ -90,6 +91,7 @@ class Trainer:
         self.meter = StepMeter(mesh.device, batch_flops)
         self.peak_tflops = gpu_peak_tflops(mesh.device, config.launch.gpu_peak_tflops)
         self.folder = config.run.folder
+        self.profile = ProfileWindow(config.trainer.profile, self.folder, mesh)
         self.checkpoints = storage.join(self.folder, "checkpoints")
         self.sources = tuple(source.name for source in config.train_sources)
         self.step = 0
@@ -218,13 +220,16 @@ class Trainer:
         self.watch.begin_step(batch)
         assert batch.step == self.step, f"the loader yields step {batch.step}, the trainer is at {self.step}"
         data_s = self.clock.lap()
+        self.profile.begin_step(self.step)
         rate = learning_rate(curriculum_stage.settings, self.step - curriculum_stage.start)
         tally = Tally()
         self.meter.begin()
         with self.engine.accumulate():
             for micro_batch in batch.micro_batches:
-                output = self.objective(self.engine.model, micro_batch)
-                self.engine.backward(output.loss)
+                with self.profile.span("forward"):
+                    output = self.objective(self.engine.model, micro_batch)
+                with self.profile.span("backward"):
+                    self.engine.backward(output.loss)
                 tally.add(output, micro_batch)
                 self.watch.at("its next micro-batch, or adding up gradients")
             self.meter.end()
@@ -236,7 +241,8 @@ class Trainer:
         )
         self.wants_stop = sums.wants_stop
         # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
-        norm = self.engine.step(rate) if math.isfinite(sums.loss) else None
+        with self.profile.span("optimizer"):
+            norm = self.engine.step(rate) if math.isfinite(sums.loss) else None
         if not math.isfinite(sums.loss):
             self.engine.discard()
         if norm is not None:
@@ -259,6 +265,7 @@ class Trainer:
             slots = tally.slots_in_flight(self.mesh)
             if self.mesh.is_main:
                 self._write("skipped", self.step, skipped_row(slots, step=self.step, loss=sums.loss))
+        self.profile.end_step(self.step)
         # After the rows, which say what was not finite.
         self.skipped.require_finite(step=self.step, loss=sums.loss)
         self.step += 1
@@ -343,6 +350,7 @@ class Trainer:
             self._write("ledger", self.step, self.ledger.to_json())
             self._write_ledger()
             self._log("where the time of the run went\n%s", ledger_table(self.ledger))
+        self.profile.close(self.step)
         if self.metrics is not None:
             self.metrics.close(is_success=is_ended_as_asked)
 
