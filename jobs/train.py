@@ -20,6 +20,7 @@ from data_pipeline.mixture import num_micro_batches
 from data_pipeline.slot_plan import SlotPlanner
 from jobs import cli
 from jobs.batch_flops import flops_of_batches
+from jobs.validation import publish_late_videos, sample_newest
 from m4v_dist import storage
 from m4v_dist.config.load import config_from_json, config_to_json
 from m4v_dist.config.schema import RunConfig
@@ -30,6 +31,7 @@ from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.launch.progress import TrainingProgress
 from m4v_dist.launch.ray_session import check_resources, ray_session
 from m4v_dist.launch.ray_workers import run_workers
+from m4v_dist.launch.validation import ValidationSampling
 from m4v_dist.model.build import build_model, build_on_meta, require_channels, require_text_widths
 from m4v_dist.model.start_weights import check_start_weights
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
@@ -78,7 +80,17 @@ def train(config: RunConfig, dry_run: bool) -> str:
         return f"nothing to do: {config.run.folder} is trained to its last step {step}"
     notes = storage.join(config.run.folder, "attempts", "ray")
     # Left before the last line is printed: the workers' log comes first, the job's answer last.
-    with ray_session(config.launch), TrainingProgress(config.run.folder, config.total_steps, step):
+    with (
+        ray_session(config.launch),
+        TrainingProgress(config.run.folder, config.total_steps, step),
+        ValidationSampling(
+            sample_newest,
+            {"config": config_to_json(config)},
+            config.run.folder,
+            every_steps=config.trainer.sample_every_steps,
+            settings=config.launch,
+        ),
+    ):
         result = run_workers(
             train_on_rank,
             {"config": config_to_json(config)},
@@ -88,6 +100,7 @@ def train(config: RunConfig, dry_run: bool) -> str:
             progress=newest_checkpoint,
             failure_report=report_rank_failure,
         )
+    publish_late_videos(config)
     loss = result["held_out_loss"]
     held_out = "" if loss is None else f", held-out loss {loss:.4f}"
     return f"{result['step']} steps done{held_out}; {result['checkpoint']}"

@@ -89,6 +89,11 @@ class TrainerSettings(Settings):
     validate_every_steps: int = Field(
         default=0, ge=0, description="Steps between held-out losses; 0: start and end only."
     )
+    sample_every_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Steps after which the next checkpoint is sampled (sampling.prompts) beside training; 0: never.",
+    )
     held_out_slots: int = Field(default=16, ge=0, description="Fixed slots of the held-out loss; 0 switches it off.")
     max_skipped_steps: int = Field(
         default=10, ge=0, description="Non-finite steps in a row that are skipped, not more."
@@ -129,6 +134,13 @@ class LaunchSettings(Settings):
         default=1.0,
         gt=0,
         description="CPUs that Ray reserves for a worker, and OMP_NUM_THREADS there; torch obeys trainer.num_threads.",
+    )
+    sampler_cpus: float = Field(
+        default=1.0, gt=0, description="CPUs of the actor that samples beside training (trainer.sample_every_steps)."
+    )
+    sampler_gpus: float = Field(default=0.0, ge=0, description="GPUs of it, or a share of one; 0 samples on the CPU.")
+    sampler_timeout_s: float = Field(
+        default=3600.0, gt=0, description="Seconds after which a sampling that waits or hangs is given up and counted."
     )
     gpu_peak_tflops: float | None = Field(
         default=None,

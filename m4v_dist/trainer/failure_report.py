@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from m4v_dist import storage
-from m4v_dist.trainer.rank_status import Status, last_lines, ranks_folder, read_statuses, records_shown
+from m4v_dist.trainer.rank_status import Status, last_lines, newest_attempt, ranks_folder, read_statuses, records_shown
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def report_failure(run_folder: str, silent_ranks: Sequence[int] = ()) -> str | N
     Returns:
         One sentence with the cause and the report's path; None if no rank of it failed, or none left a file.
     """
-    attempt = _newest_attempt(run_folder)
+    attempt = newest_attempt(run_folder)
     if attempt is None:
         return None
     path = storage.join(run_folder, "attempts", f"attempt_{attempt:04d}_failure.json")
@@ -143,10 +143,3 @@ def failure_text(report: dict[str, Any]) -> str:
         lines.append(f"and {len(ranks) - MAX_RANKS_SHOWN} more ranks; all are in the JSON")
     lines += ["", report["traceback"] or "no traceback", "last lines of its log:", *report["log"], ""]
     return "\n".join(lines)
-
-
-def _newest_attempt(run_folder: str) -> int | None:
-    """The highest attempt whose ranks left files; None if there is none."""
-    names = storage.list_folder(storage.join(run_folder, "attempts"))
-    numbers = [int(name.split("_")[1]) for name in names if name.startswith("attempt_") and name.endswith("_ranks")]
-    return max(numbers, default=None)

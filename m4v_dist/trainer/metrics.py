@@ -115,6 +115,20 @@ class Metrics:
             numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
             self._wandb.log({"train/global_step": step, "attempt": self.attempt, **numbers})
 
+    def log_videos(self, step: int, videos: Mapping[str, str]) -> None:
+        """Show validation videos in W&B; the files themselves are their record.
+
+        Args:
+            step: of the checkpoint.
+            videos: prompt to path of an mp4.
+        """
+        if self._wandb is None:
+            return
+        import wandb
+
+        shown = {f"validation/{prompt}": wandb.Video(path, format="mp4") for prompt, path in videos.items()}
+        self._wandb.log({"train/global_step": step, **shown})
+
     def close(self, *, is_success: bool = True) -> None:
         """Close the file and the W&B run.
 

@@ -78,6 +78,13 @@ def ranks_folder(run_folder: str, attempt: int) -> str:
     return storage.join(run_folder, "attempts", f"attempt_{attempt:04d}_ranks")
 
 
+def newest_attempt(run_folder: str) -> int | None:
+    """The highest attempt whose ranks left files; None if there is none."""
+    names = storage.list_folder(storage.join(run_folder, "attempts"))
+    numbers = [int(name.split("_")[1]) for name in names if name.startswith("attempt_") and name.endswith("_ranks")]
+    return max(numbers, default=None)
+
+
 def read_statuses(run_folder: str, attempt: int) -> list[tuple[Status, float]]:
     """What each rank of an attempt left, by rank, with its last sign of life in seconds since the epoch."""
     folder = ranks_folder(run_folder, attempt)

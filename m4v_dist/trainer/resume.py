@@ -31,6 +31,7 @@ FREE_KEYS = (
     "trainer.validate_every_steps",
     "trainer.held_out_slots",
     "trainer.max_skipped_steps",
+    "trainer.sample_every_steps",
     "trainer.replica_check_every_steps",
     "trainer.stall_timeout_s",
     "trainer.stall_start_timeout_s",

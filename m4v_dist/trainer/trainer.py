@@ -41,6 +41,7 @@ from m4v_dist.trainer.run_state import checkpoint_tensors, load_tensors
 from m4v_dist.trainer.seams import BatchFlops, Loader, Objective, StepBatch
 from m4v_dist.trainer.slots_in_flight import skipped_row
 from m4v_dist.trainer.tally import Tally, train_row
+from m4v_dist.trainer.validation_videos import publish_videos
 
 logger = logging.getLogger(__name__)
 
@@ -331,6 +332,8 @@ class Trainer:
         self.ledger.checkpoint_s += elapsed
         name = checkpoint.folder_name(self.step)
         self._write("checkpoint", self.step, {"checkpoint": name, "timing/checkpoint_stall_s": elapsed})
+        if self.metrics is not None and self.config.trainer.sample_every_steps:
+            publish_videos(self.folder, self.metrics)
         self._write_ledger()
 
     def _load(self, path: str) -> None:
