@@ -120,8 +120,6 @@ class StatusFile:
         if mesh.device.type == "cuda":
             gpu = f"{mesh.device}, {torch.cuda.get_device_name(mesh.device)}"
         self.status = Status(mesh.rank, socket.gethostname(), os.getpid(), gpu, started=time.time())
-        # The clock's thread writes too, when it notices a stall.
-        self._lock = threading.Lock()
         self._handler: logging.Handler | None = None
         self.num_failed_writes = 0
 
@@ -134,24 +132,25 @@ class StatusFile:
         logging.getLogger().addHandler(self._handler)
 
     def write(self, **changes: Any) -> None:
-        """Change the status and put it in place; training does not end for a disk that will not take it."""
-        with self._lock:
-            self.status = replace(self.status, **changes, time=time.time(), memory=memory_facts(self._device))
-            temporary = f"{self.path}.tmp"
-            try:
-                with open(temporary, "w", encoding="utf-8") as file:
-                    json.dump(asdict(self.status), file)
-                os.replace(temporary, self.path)
-            except OSError as error:
-                self._count_failure(error)
+        """Change the status and put it in place; training does not end for a disk that will not take it.
+
+        The clock's thread writes too, when this one may hang in here: so there is no lock, and each has its own file.
+        """
+        self.status = replace(self.status, **changes, time=time.time(), memory=memory_facts(self._device))
+        temporary = f"{self.path}.tmp-{threading.get_ident()}"
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(asdict(self.status), file)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            self._count_failure(error)
 
     def beat(self) -> None:
         """Show that this process lives."""
-        with self._lock:
-            try:
-                os.utime(self.path)
-            except OSError as error:
-                self._count_failure(error)
+        try:
+            os.utime(self.path)
+        except OSError as error:
+            self._count_failure(error)
 
     def _count_failure(self, error: OSError) -> None:
         self.num_failed_writes += 1

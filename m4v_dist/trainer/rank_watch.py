@@ -6,7 +6,8 @@ one it ends the process with STALL_EXIT_CODE, so that whoever started the worker
 same clock, so all of a group that waits for one of them leave their stacks; the one that is waited for is the one whose
 `phase` is behind the others'.
 
-The thread needs Python's lock to run: a rank that hangs while it holds the lock is ended by the others.
+The thread needs Python's lock to run: a rank that hangs while it holds the lock is ended by the others. And it needs
+the run folder to answer: where a mounted folder hangs, so does the clock.
 """
 
 import faulthandler
