@@ -25,7 +25,7 @@ from m4v_dist.trainer.trainer import Trainer, TrainResult
 from tests.object_store_server import object_store
 from tests.trainer.ranks import run_ranks
 from tests.trainer.test_trainer import rows
-from tests.trainer.toy import ToyLoader, ToyModel, ToyOutput, toy_config, toy_objective
+from tests.trainer.toy import ToyLoader, ToyOutput, build_toy, toy_config, toy_objective
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def _trainer(folder: str, at_step: Callable[[int], None] = lambda _: None, **set
 
     config = toy_config(folder, **settings)
     loader = ToyLoader(12, mesh.rank, mesh.world_size, micro=3)
-    return Trainer(config, mesh, build_model=lambda: ToyModel(5), objective=objective, loader=loader)
+    return Trainer(config, mesh, build_model=build_toy, objective=objective, loader=loader)
 
 
 def _stop_at(step: int, folder: str, **settings: Any) -> None:
