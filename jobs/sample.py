@@ -30,8 +30,13 @@ from m4v_dist.sampling.pyramid_sampler import sample_latents
 logger = logging.getLogger(__name__)
 
 
-def sample(config: RunConfig, dry_run: bool) -> str:
+def sample(config: RunConfig, dry_run: bool, folder: str | None = None) -> str:
     """Sample one video a prompt.
+
+    Args:
+        config: of the run.
+        dry_run: check alone.
+        folder: where the videos go; None is `<run>/samples`.
 
     Raises:
         ConfigError: no prompts, or a text longer than the encoder reads; no first frame or GPU where one is asked
@@ -71,7 +76,7 @@ def sample(config: RunConfig, dry_run: bool) -> str:
     require_text_widths(config.model, null_text, f"the text of encoder {text_encoder.name}")
     model = load_model(config, path).to(device)
     first_latents = None if first_frame is None else codec.normalization.normalize(codec.encode(first_frame))
-    folder = storage.join(config.run.folder, "samples")
+    folder = folder or storage.join(config.run.folder, "samples")
     _remove_earlier(folder)
     settings = _settings_entry(config, path)
     entries: list[dict[str, Any]] = []

@@ -18,6 +18,8 @@ from torch import nn
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.loader import LatentLoader
 from jobs import cli, plan
+from jobs.batch_flops import flops_of_batches
+from jobs.validation import publish_late_videos, sample_newest
 from m4v_dist import storage
 from m4v_dist.bench.training_plan import plan_report, require_memory
 from m4v_dist.blocks.lora import is_adapter
@@ -30,12 +32,14 @@ from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.launch.progress import TrainingProgress
 from m4v_dist.launch.ray_session import check_resources, ray_session
 from m4v_dist.launch.ray_workers import run_workers
+from m4v_dist.launch.validation import ValidationSampling
 from m4v_dist.model.build import build_model, build_on_meta, require_channels, require_text_widths
 from m4v_dist.model.start_weights import check_start_weights
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.curriculum import curriculum_stages
+from m4v_dist.trainer.failure_report import report_failure
 from m4v_dist.trainer.lease import Holder, LeaseKeeper, require_free
 from m4v_dist.trainer.resume import require_same_run
 from m4v_dist.trainer.trainer import Trainer
@@ -76,6 +80,13 @@ def train(config: RunConfig, dry_run: bool) -> str:
         ray_session(config.launch),
         TrainingProgress(config.run.folder, config.total_steps, step),
         LeaseKeeper(config.checkpoint_folder, holder, timeout_s),
+        ValidationSampling(
+            sample_newest,
+            {"config": config_to_json(config)},
+            config.run.folder,
+            every_steps=config.trainer.sample_every_steps,
+            settings=config.launch,
+        ),
     ):
         result = run_workers(
             train_on_rank,
@@ -84,7 +95,9 @@ def train(config: RunConfig, dry_run: bool) -> str:
             config.run.name,
             notes,
             progress=newest_checkpoint,
+            failure_report=report_rank_failure,
         )
+    publish_late_videos(config)
     loss = result["held_out_loss"]
     held_out = "" if loss is None else f", held-out loss {loss:.4f}"
     return f"{result['step']} steps done{held_out}; {result['checkpoint']}"
@@ -162,6 +175,7 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
         loader=build_loader(config, cache, mesh.data_rank, mesh.data_size),
         should_stop=should_stop,
         holder=task.get("holder"),
+        batch_flops=flops_of_batches(config),
     )
     return asdict(trainer.run())
 
@@ -169,6 +183,11 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
 def newest_checkpoint(task: dict[str, Any]) -> str | None:
     """What a restart would go on from: it has brought nothing new if the one before it went on from the same."""
     return checkpoint.newest_committed(config_from_json(task["config"]).checkpoint_folder)
+
+
+def report_rank_failure(task: dict[str, Any], silent_ranks: list[int]) -> str | None:
+    """Write why the newest attempt ended, and say it in a sentence."""
+    return report_failure(config_from_json(task["config"]).run.folder, silent_ranks)
 
 
 def build_loader(config: RunConfig, cache: LatentCache, rank: int, world_size: int) -> LatentLoader:

@@ -45,7 +45,12 @@ DOORS: dict[str, set[str]] = {
     "mamba_ssm": {"m4v_dist/kernels/scan_mamba_ssm.py"},
     "deepspeed": {"m4v_dist/trainer/deepspeed_engine.py"},
     "wandb": {"m4v_dist/trainer/metrics.py"},
-    "ray": {"m4v_dist/launch/ray_session.py", "m4v_dist/launch/ray_workers.py", "data_pipeline/pipeline.py"},
+    "ray": {
+        "m4v_dist/launch/ray_session.py",
+        "m4v_dist/launch/ray_workers.py",
+        "m4v_dist/launch/validation.py",
+        "data_pipeline/pipeline.py",
+    },
     "pyarrow": {"data_pipeline/manifest.py"},
     "decord": {"data_pipeline/decode.py"},
     "webdataset": {"data_pipeline/pack.py"},

@@ -65,6 +65,16 @@ class CurriculumStageSettings(Settings):
     )
 
 
+class ProfileSettings(Settings):
+    """Steps that are trained under torch's profiler."""
+
+    start_step: int = Field(
+        ge=0, description="First global step of the window; the first of a run would show its start."
+    )
+    num_steps: int = Field(default=3, ge=1, le=100, description="Steps of the window; a trace grows with each.")
+    ranks: tuple[int, ...] = Field(default=(0,), min_length=1, description="Ranks that write a trace.")
+
+
 class TrainerSettings(Settings):
     """The loop: optimizer, ZeRO, EMA, checkpoints, validation."""
 
@@ -118,9 +128,35 @@ class TrainerSettings(Settings):
     validate_every_steps: int = Field(
         default=0, ge=0, description="Steps between held-out losses; 0: start and end only."
     )
+    sample_every_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Steps after which the next checkpoint is sampled (sampling.prompts) beside training; 0: never.",
+    )
     held_out_slots: int = Field(default=16, ge=0, description="Fixed slots of the held-out loss; 0 switches it off.")
     max_skipped_steps: int = Field(
         default=10, ge=0, description="Non-finite steps in a row that are skipped, not more."
+    )
+    profile: ProfileSettings | None = Field(
+        default=None, description="Window of steps with a trace and, on a GPU, a memory history; None: no window."
+    )
+    replica_check_every_steps: int = Field(
+        default=1000,
+        ge=0,
+        description="Steps between comparisons of all ranks' weights (ZeRO 1 and 2; 3 keeps no copies); 0: never.",
+    )
+    stall_timeout_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="Seconds without a finished step after which a rank writes the stacks of its threads; 0: no clock.",
+    )
+    stall_start_timeout_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="The same for what is no step, and the step after it: building, loading, compiling, saves.",
+    )
+    stall_abort_s: float = Field(
+        default=600.0, ge=0, description="Seconds after that until the rank ends itself, to be restarted; 0: never."
     )
     num_threads: PositiveInt = Field(
         default=1, description="CPU threads of torch in a training worker, and in jobs.sample."
@@ -153,6 +189,18 @@ class LaunchSettings(Settings):
         gt=0,
         le=1,
         description="Model FLOPs (no recompute) over that GPU's bfloat16 peak, for the plan's GPU-hours.",
+    )
+    sampler_cpus: float = Field(
+        default=1.0, gt=0, description="CPUs of the actor that samples beside training (trainer.sample_every_steps)."
+    )
+    sampler_gpus: float = Field(default=0.0, ge=0, description="GPUs of it, or a share of one; 0 samples on the CPU.")
+    sampler_timeout_s: float = Field(
+        default=3600.0, gt=0, description="Seconds after which a sampling that waits or hangs is given up and counted."
+    )
+    gpu_peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="Dense bfloat16 peak of a worker's GPU, in 1e12 FLOP/s, for perf/mfu; None: by the GPU's name.",
     )
     max_failures: int = Field(
         default=3,

@@ -74,6 +74,11 @@ def validate(config: RunConfig) -> None:
                 f"({config.precompute.num_frames} frames); raise precompute.num_frames to "
                 f"{(stage.num_latents - 1) * 8 + 1} or shorten the stage."
             )
+    if config.trainer.sample_every_steps and not config.sampling.prompts:
+        raise ConfigError(
+            f"trainer.sample_every_steps={config.trainer.sample_every_steps}, but sampling.prompts is empty; name the "
+            "prompts that are sampled beside training, or set it to 0."
+        )
     stages, sampling = config.objective.num_pyramid_stages, config.sampling
     steps = {"first_unit_steps": sampling.first_unit_steps, "later_unit_steps": sampling.later_unit_steps}
     wrong = [f"{name}={list(given)} has {len(given)}" for name, given in steps.items() if len(given) != stages]

@@ -116,7 +116,7 @@ class WorkerKiller:
 
     def _victim(self) -> tuple[int, int, int]:
         """(attempt, rank, pid) of the highest rank of the newest attempt: not rank 0, which writes the metrics."""
-        newest = max((self._folder / "attempts").glob("attempt_*.json"))
+        newest = max((self._folder / "attempts").glob("attempt_????.json"))
         attempt = json.loads(newest.read_text())
         rank = max(attempt["pids"], key=int)
         return attempt["attempt"], int(rank), int(attempt["pids"][rank])

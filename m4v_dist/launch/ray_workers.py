@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from m4v_dist.config.training_settings import LaunchSettings
-from m4v_dist.errors import PreemptedError, RetriesExhaustedError
+from m4v_dist.errors import JobError, PreemptedError, RetriesExhaustedError, RunInUseError
 from m4v_dist.launch.ray_session import describe_resources
 from m4v_dist.launch.verdict import MAX_FRUITLESS_RESTARTS, Failure, Verdict, as_job_error, no_progress
 
@@ -35,6 +35,11 @@ Progress = Callable[[dict[str, Any]], Any]
 """Asked on rank 0 before each attempt, with the function's config: a value that changes when work was committed."""
 
 
+FailureReport = Callable[[dict[str, Any], list[int]], str | None]
+"""Asked by the driver when workers failed for good: (the function's config, ranks whose processes died without an
+error) -> what to add to the error."""
+
+
 def run_workers(
     function: WorkerFunction,
     function_config: Mapping[str, Any],
@@ -43,6 +48,7 @@ def run_workers(
     storage_path: str,
     *,
     progress: Progress,
+    failure_report: FailureReport = lambda _config, _silent: None,
     max_fruitless_restarts: int = MAX_FRUITLESS_RESTARTS,
 ) -> Any:
     """Run `function` on `settings.num_workers` ranks of one process group and return rank 0's answer.
@@ -57,6 +63,7 @@ def run_workers(
         name: shown in Ray; a fresh suffix is added.
         storage_path: where Ray keeps its own notes of the run, local or s3://.
         progress: see `Progress`.
+        failure_report: see `FailureReport`.
         max_fruitless_restarts: restarts in a row without progress that are made.
 
     Raises:
@@ -101,15 +108,21 @@ def run_workers(
         with _sigterm_asks_to_stop(lambda: ray.get(verdict.stop.remote())):
             result = trainer.fit()
     except TrainingFailedError as error:
-        fatal = ray.get(verdict.fatal.remote())
+        fatal, failures = ray.get(verdict.fatal.remote()), ray.get(verdict.failures.remote())
+        told = None
+        if _is_ours(fatal):
+            told = failure_report(dict(function_config), _silent_ranks(error, failures))
         if fatal is not None:
             raise fatal from error
-        raise RetriesExhaustedError(_root_cause(error, ray.get(verdict.failures.remote()), settings)) from error
+        raise RetriesExhaustedError(_with_report(_root_cause(error, failures, settings), told)) from error
     fatal = ray.get(verdict.fatal.remote())
     if fatal is not None:
+        if _is_ours(fatal) and not isinstance(fatal, PreemptedError):
+            failure_report(dict(function_config), [])
         raise fatal
     if ray.get(verdict.has_given_up.remote()):
-        raise RetriesExhaustedError(no_progress(ray.get(verdict.failures.remote()), max_fruitless_restarts))
+        cause = no_progress(ray.get(verdict.failures.remote()), max_fruitless_restarts)
+        raise RetriesExhaustedError(_with_report(cause, failure_report(dict(function_config), [])))
     return result.return_value  # type: ignore[attr-defined]
 
 
@@ -156,14 +169,13 @@ def _run_one_rank(task: dict[str, Any]) -> Any:
 
 def _root_cause(error: Exception, failures: list[Failure], settings: LaunchSettings) -> str:
     """Say what went wrong first in the last attempt: a process that died without a word, else the first error told."""
-    from ray.exceptions import RayActorError
-
-    told = {failure.rank for failure in failures if failure.attempt == failures[-1].attempt} if failures else set()
     last = [failure for failure in failures if failure.attempt == failures[-1].attempt]
-    by_rank: dict[int, Exception] = getattr(error, "worker_failures", {})
-    silent = [rank for rank, reason in by_rank.items() if isinstance(reason, RayActorError) and rank not in told]
+    silent = _silent_ranks(error, failures)
     if silent:
-        cause = f"rank {silent[0]} died without an error (killed, or its node was lost): {by_rank[silent[0]]}"
+        reason = _unwrapped(getattr(error, "worker_failures", {})[silent[0]])
+        # One line: the job's last line is its message.
+        said = str(reason).splitlines()[0]
+        cause = f"rank {silent[0]} died without an error (killed, or its node was lost): {said}"
     elif last:
         logger.error("traceback of %s\n%s", last[0], last[0].lines)
         cause = str(last[0])
@@ -173,6 +185,30 @@ def _root_cause(error: Exception, failures: list[Failure], settings: LaunchSetti
         f"workers failed more often than launch.max_failures={settings.max_failures} allows; root cause of the last "
         f"attempt: {cause}. What was committed is kept: submit the same command again to go on."
     )
+
+
+def _silent_ranks(error: Exception, failures: list[Failure]) -> list[int]:
+    """Ranks of the last attempt whose processes died and that told no error."""
+    from ray.exceptions import RayActorError
+
+    told = {failure.rank for failure in failures if failure.attempt == failures[-1].attempt} if failures else set()
+    by_rank: dict[int, Exception] = getattr(error, "worker_failures", {})
+    return [r for r, reason in by_rank.items() if isinstance(_unwrapped(reason), RayActorError) and r not in told]
+
+
+def _unwrapped(reason: Exception) -> Exception:
+    """What Ray's poll of a worker met: it wraps it in an error of its own."""
+    found: Exception = getattr(reason, "health_check_failure", reason)
+    return found
+
+
+def _is_ours(fatal: JobError | None) -> bool:
+    """Whether the newest attempt is this driver's: another driver's is alive, and not to be reported as dead."""
+    return not isinstance(fatal, RunInUseError)
+
+
+def _with_report(cause: str, told: str | None) -> str:
+    return cause if told is None else f"{cause} {told}"
 
 
 @contextmanager

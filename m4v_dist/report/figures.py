@@ -3,7 +3,7 @@
 A figure that the rows do not hold is None; nothing is guessed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from m4v_dist.report.plots import Curve, Panel, running_mean
@@ -153,3 +153,44 @@ def held_out_panel(metrics: Metrics) -> Panel:
     """The held-out loss over the run."""
     points: Sequence[tuple[float, float]] = held_out_points(metrics)
     return Panel("", (Curve("", tuple(points), "second", has_markers=True),))
+
+
+def spread_panel(metrics: Metrics) -> Panel | None:
+    """Seconds of own work of the slowest and the fastest rank, and the longest wait for data; None if not logged."""
+    names = {
+        "timing/step_s_max": ("slowest rank", "second"),
+        "timing/step_s_min": ("fastest rank", "first"),
+        "timing/data_s_max": ("longest wait for data", "third"),
+    }
+    return _panel(metrics, "forward and backward, mean of 20 steps", names)
+
+
+def memory_panel(metrics: Metrics) -> Panel | None:
+    """Memory of the fullest rank: the host's, and the GPU's where there is one; None if not logged."""
+    names = {
+        "memory/host_rss_gib": ("host, resident", "third"),
+        "memory/max_reserved_gib": ("GPU, reserved at most", "second"),
+    }
+    return _panel(metrics, "", names)
+
+
+def utilization_panel(metrics: Metrics) -> Panel | None:
+    """Share of the GPUs' peak, in percent; None without a GPU whose peak is known."""
+    names = {"perf/mfu": ("MFU: what the model needs", "first"), "perf/hfu": ("HFU: with recompute", "fourth")}
+    return _panel(metrics, "mean of 20 steps", names, scale=100.0)
+
+
+def mean_of(metrics: Metrics, name: str) -> float | None:
+    """Mean of a metric over the steps that stand; None if no row has it."""
+    values = [row[name] for row in metrics.standing_train_rows() if row.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _panel(metrics: Metrics, title: str, names: Mapping[str, tuple[str, str]], *, scale: float = 1.0) -> Panel | None:
+    rows = metrics.standing_train_rows()
+    curves = []
+    for name, (label, role) in names.items():
+        points = [(row["step"], scale * row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            curves.append(Curve(label, running_mean(points, SMOOTHING_STEPS), role))
+    return Panel(title, tuple(curves)) if curves else None

@@ -83,6 +83,12 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "ledger_svg": plots.stacked_bar([(use.role, seconds) for use, seconds in ledger], "seconds")
         if ledger
         else None,
+        "spread_svg": _panel_svg(figures.spread_panel(metrics), "seconds"),
+        "memory_svg": _panel_svg(figures.memory_panel(metrics), "GiB"),
+        "utilization_svg": _panel_svg(figures.utilization_panel(metrics), "percent of peak"),
+        "skipped": metrics.of_kind("skipped"),
+        "failures": record.failures,
+        "validation": record.validation,
         "commands": record.commands,
         "versions": versions(),
     }
@@ -90,6 +96,10 @@ def _view(record: RunRecord) -> dict[str, Any]:
 
 def _held_out_svg(record: RunRecord) -> str:
     return plots.line_panels([figures.held_out_panel(record.metrics)], "held-out loss", height_in=2.6)
+
+
+def _panel_svg(panel: plots.Panel | None, y_label: str) -> str | None:
+    return None if panel is None else plots.line_panels([panel], y_label, height_in=2.4)
 
 
 def _tiles(record: RunRecord, held_out: list[tuple[int, float]], seen: dict[str, int]) -> list[dict[str, str]]:
@@ -129,6 +139,9 @@ def _tiles(record: RunRecord, held_out: list[tuple[int, float]], seen: dict[str,
             "caption": "samples seen: " + (", ".join(f"{v:,} {k}" for k, v in seen.items()) or "none"),
         }
     )
+    mfu = figures.mean_of(record.metrics, "perf/mfu")
+    if mfu is not None:
+        tiles.append({"figure": f"{100 * mfu:.1f} %", "caption": "MFU: share of the GPUs' peak, mean of all steps"})
     return tiles
 
 

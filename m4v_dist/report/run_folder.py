@@ -3,7 +3,8 @@
 Plain values only; nothing here draws or formats. A part that is not there is None or empty, and the page says so.
 Written by: `trainer/metrics.py` (metrics.jsonl, ledger.json), `data_pipeline/pipeline.py` (the cache's report.json),
 `jobs/sample.py` (samples/samples.json), `jobs/check_codec.py` (codec/codec.json), `jobs/demo.py` (kill.json,
-fault_check.json, commands.json).
+fault_check.json, commands.json), `trainer/failure_report.py` (attempts/*_failure.json), `launch/validation.py`
+(validation/).
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Metrics:
     num_torn_lines: int
 
     def of_kind(self, kind: str) -> list[Row]:
-        """Rows of one kind: train, held_out, checkpoint, restart, stage, ledger."""
+        """Rows of one kind, see `Metrics.write` of trainer/metrics.py."""
         return [row for row in self.rows if row["kind"] == kind]
 
     @property
@@ -93,6 +94,8 @@ class RunRecord:
         kill: kill.json: which worker was killed, when, at which step.
         fault_check: fault_check.json, the proof.
         commands: commands.json: what was run, with exit code and seconds.
+        failures: attempts/attempt_0001_failure.json and so on, by attempt: why it ended.
+        validation: of each step sampled beside training, its number of videos; None: it failed.
     """
 
     folder: str
@@ -105,6 +108,8 @@ class RunRecord:
     kill: Row | None
     fault_check: Row | None
     commands: list[Row]
+    failures: list[Row]
+    validation: dict[int, int | None]
 
 
 def read_run(run_folder: str, cache_folder: str) -> RunRecord:
@@ -130,4 +135,22 @@ def read_run(run_folder: str, cache_folder: str) -> RunRecord:
         kill=optional(run_folder, "kill.json"),
         fault_check=optional(run_folder, "fault_check.json"),
         commands=optional(run_folder, "commands.json") or [],
+        failures=[
+            storage.read_json(storage.join(run_folder, "attempts", name))
+            for name in storage.list_folder(storage.join(run_folder, "attempts"))
+            if name.endswith("_failure.json")
+        ],
+        validation=_validation(run_folder),
     )
+
+
+def _validation(run_folder: str) -> dict[int, int | None]:
+    found: dict[int, int | None] = {}
+    folder = storage.join(run_folder, "validation")
+    for name in storage.list_folder(folder):
+        if not name.startswith("step_"):
+            continue
+        listed = storage.join(folder, name, "samples.json")
+        step = int(name.removeprefix("step_"))
+        found[step] = len(storage.read_json(listed)) if storage.exists(listed) else None
+    return found

@@ -11,6 +11,7 @@ from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import DamagedCheckpointError, DataError, JobError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.failure_report import report_failure
 from m4v_dist.trainer.lease import Holder, Lease, claim
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics, broken_attempt, read_rows
 
@@ -88,6 +89,8 @@ def _claim(config: RunConfig, holder: Holder) -> tuple[Lease, str | None, str | 
     lease = claim(
         config.checkpoint_folder, holder, above=max(numbers, default=0), timeout_s=config.trainer.lease_timeout_s
     )
+    # Once the attempt before is known to be over, and before any rank of this one leaves a file.
+    report_failure(config.run.folder)
     saved = checkpoint.newest_committed(config.checkpoint_folder)
     step = 0 if saved is None else checkpoint.step_of(saved)
     if step > config.total_steps:

@@ -258,6 +258,12 @@ class ZeroEngine:
         """Switch between training and evaluation."""
         self._engine.train(mode)
 
+    def replicas(self) -> dict[str, Tensor]:
+        """Parameters of which every rank holds a whole copy, the same on all; none under ZeRO 3."""
+        if self.zero_stage == 3:
+            return {}
+        return {name: parameter.data for name, parameter in self._parameters.items()}
+
     def slices(self) -> list[Slice]:
         """This rank's slices, in model order; over all ranks they cover each parameter exactly once."""
         return self._slices.owned()

@@ -47,7 +47,7 @@ class SkippedSteps:
             raise NonFiniteError(
                 f"step {step}: {self.in_a_row} steps in a row were not finite (last loss {loss!r}), more than "
                 f"trainer.max_skipped_steps={self.ceiling}; the weights are those of the last finite step. Lower the "
-                "learning rate, or look at the records of these steps."
+                'learning rate, or look at the records that their rows of kind "skipped" in metrics.jsonl name.'
             )
 
 

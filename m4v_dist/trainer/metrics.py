@@ -73,6 +73,19 @@ class Ledger:
         return cls(**{name: value for name, value in values.items() if name != "goodput"})  # type: ignore[arg-type]
 
 
+def ledger_table(ledger: Ledger) -> str:
+    """The ledger to read: seconds and share of each entry, the largest first, and the goodput."""
+    seconds = {name: value for name, value in asdict(ledger).items() if name.endswith("_s")}
+    counts = {name: value for name, value in asdict(ledger).items() if not name.endswith("_s")}
+    total = sum(seconds.values())
+    lines = [f"{'':<14}{'seconds':>12}{'share':>9}"]
+    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        lines.append(f"{name.removesuffix('_s'):<14}{value:>12.2f}{value / total if total else 0.0:>9.1%}")
+    lines.append(f"{'all':<14}{total:>12.2f}{'':>9}  goodput {ledger.goodput:.1%}")
+    lines += [f"{name} {value}" for name, value in counts.items()]
+    return "\n".join(lines)
+
+
 class Metrics:
     """The run's rows.
 
@@ -95,7 +108,8 @@ class Metrics:
         """Append one row.
 
         Args:
-            kind: train, held_out, checkpoint, failed_save, damaged_checkpoint, restart, stage or ledger.
+            kind: train, skipped, replicas_differ, held_out, checkpoint, failed_save, damaged_checkpoint, restart, stage
+                or ledger.
             step: optimizer steps done when the row's event happened; of a train row its own 0-based step, of a
                 checkpoint those that it holds.
             values: numbers and names.
@@ -106,6 +120,20 @@ class Metrics:
         if self._wandb is not None:
             numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
             self._wandb.log({"train/global_step": step, "attempt": self.attempt, **numbers})
+
+    def log_videos(self, step: int, videos: Mapping[str, str]) -> None:
+        """Show validation videos in W&B; the files themselves are their record.
+
+        Args:
+            step: of the checkpoint.
+            videos: prompt to path of an mp4.
+        """
+        if self._wandb is None:
+            return
+        import wandb
+
+        shown = {f"validation/{prompt}": wandb.Video(path, format="mp4") for prompt, path in videos.items()}
+        self._wandb.log({"train/global_step": step, **shown})
 
     def close(self, *, is_success: bool = True) -> None:
         """Close the file and the W&B run.

@@ -16,7 +16,8 @@ from m4v_dist.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 FREE_SECTIONS = (
-    "launch", "logging", "sampling", "benchmark", "precompute", "kernels", "codec.weights", "text_encoder.weights",
+    "launch", "logging", "sampling", "benchmark", "trainer.profile",
+    "precompute", "kernels", "codec.weights", "text_encoder.weights",
 )  # fmt: skip
 """Of codec and text encoder the paths may move: the cache's fingerprint holds the content."""
 FREE_KEYS = (
@@ -39,6 +40,11 @@ FREE_KEYS = (
     "trainer.validate_every_steps",
     "trainer.held_out_slots",
     "trainer.max_skipped_steps",
+    "trainer.sample_every_steps",
+    "trainer.replica_check_every_steps",
+    "trainer.stall_timeout_s",
+    "trainer.stall_start_timeout_s",
+    "trainer.stall_abort_s",
     "trainer.num_threads",
     "trainer.prefetch_steps",
 )

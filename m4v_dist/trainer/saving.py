@@ -22,6 +22,7 @@ from m4v_dist.trainer.guards import Clock
 from m4v_dist.trainer.lease import require_held
 from m4v_dist.trainer.metrics import Ledger, read_rows
 from m4v_dist.trainer.ranges import Ranges
+from m4v_dist.trainer.validation_videos import publish_videos
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Saving:
         return False
 
     def note_commit(self) -> None:
-        """On rank 0, if a save was committed since the last call: its row. Cheap, and no collective."""
+        """On rank 0, if a save was committed since the last call: its row, and new videos to W&B. No collective."""
         report = self._saver.take_report()
         if report is None:
             return
@@ -134,6 +135,8 @@ class Saving:
         if report.tidy_error is not None:
             row["tidy_error"] = report.tidy_error
         self._write("checkpoint", report.step, row)
+        if self._metrics is not None and self._config.trainer.sample_every_steps:
+            publish_videos(self._config.run.folder, self._metrics)
 
     def fall_back(self, error: DamagedCheckpointError) -> int:
         """Pass over the checkpoint that could not be loaded, for good (collective); the step of the one before it.

@@ -17,6 +17,11 @@ class ObjectiveOutput(Protocol):
         ...
 
     @property
+    def slot_losses(self) -> Tensor:
+        """[slots], detached: each slot's own loss, before its weight; what is read where a step is not finite."""
+        ...
+
+    @property
     def metrics(self) -> Mapping[str, Tensor]:
         """Name to [2]: sum and count over slots, so that ranks and micro-batches add up; always the same names."""
         ...
@@ -28,6 +33,10 @@ Place = Callable[[str, nn.Module], None]
 """Is given a part's name in the model and the part with fresh weights; may fill it, and takes its memory over."""
 BuildModel = Callable[[Place], nn.Module]
 """Builds the model, the same on every rank, and hands each of its parts on before the next one has memory."""
+
+BatchFlops = Callable[[LatentBatch, tuple[str, ...]], tuple[float, float]]
+"""FLOPs of a micro-batch's forward and backward under a freeze set: what the model needs, and with recompute and filler
+slots."""
 
 
 class StepBatch(Protocol):

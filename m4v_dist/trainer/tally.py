@@ -5,7 +5,6 @@ ranks hold the same slots and the same loss: the first of each group counts.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,9 @@ from torch import Tensor
 
 from m4v_dist.batch import LatentBatch
 from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.trainer.measured import Measured, spread_row, utilization_row
+from m4v_dist.trainer.seams import ObjectiveOutput
+from m4v_dist.trainer.slots_in_flight import SlotInFlight, once, slots_in_flight
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Sums:
         bad_records: damaged records that the ranks met, summed.
         wants_stop: whether any rank (rank 0 is the one that asks) was told to stop.
         has_failed_save: whether any rank's part of a save went wrong.
+        ranks: what each rank measured of the step; empty where nobody did.
     """
 
     loss: float
@@ -34,16 +37,19 @@ class Sums:
     bad_records: int
     wants_stop: bool
     has_failed_save: bool
+    ranks: tuple[Measured, ...] = ()
 
 
-def train_row(sums: Sums, *, norm: float | None, step_s: float, data_s: float, world_size: int) -> dict[str, float]:
+def train_row(
+    sums: Sums, *, norm: float | None, step_s: float, data_s: float, peak_tflops: float | None
+) -> dict[str, float]:
     """One training step as metrics.
 
     Args:
-        sums: of the step.
+        sums: of the step, with what each rank measured.
         norm: of the gradient; None if the step was skipped, which is shown as NaN.
         step_s, data_s: seconds in the step, and waiting for its data.
-        world_size: ranks.
+        peak_tflops: of one GPU, or None; see `utilization_row`.
     """
     return {
         "train/loss": sums.loss,
@@ -51,7 +57,9 @@ def train_row(sums: Sums, *, norm: float | None, step_s: float, data_s: float, w
         "data/bad_records": sums.bad_records,
         "timing/step_s": step_s,
         "timing/data_s": data_s,
-        "perf/tokens_per_sec_per_gpu": sums.tokens / (step_s + data_s) / world_size,
+        "perf/tokens_per_sec_per_gpu": sums.tokens / (step_s + data_s) / len(sums.ranks),
+        **utilization_row(sums.ranks, seconds=step_s + data_s, peak_tflops=peak_tflops),
+        **spread_row(sums.ranks),
         **{f"train/{name}": value for name, value in sums.means.items()},
     }
 
@@ -64,22 +72,34 @@ class Tally:
         # Numbers stay on their device until the sum: no device sync in a micro-batch.
         self._losses: list[Tensor] = []
         self._metrics: dict[str, list[Tensor]] = {}
+        self._slots: list[tuple[LatentBatch, Tensor]] = []
 
-    def add(self, loss: Tensor, metrics: Mapping[str, Tensor], batch: LatentBatch) -> None:
+    def add(self, output: ObjectiveOutput, batch: LatentBatch) -> None:
         """Count one micro-batch.
 
         Args:
-            loss: scalar, this micro-batch's share of the global loss.
-            metrics: name to [2], sum and count over slots; the same names on every call and rank.
-            batch: where they come from.
+            output: of the objective; its metrics have the same names on every call and rank.
+            batch: where it comes from.
         """
-        self._losses.append(loss.detach())
-        for name, value in metrics.items():
+        self._losses.append(output.loss.detach())
+        for name, value in output.metrics.items():
             self._metrics.setdefault(name, []).append(value.detach())
+        self._slots.append((batch, output.slot_losses))
         self._tokens += sum(slot.num_tokens for slot, weight in zip(batch.slots, batch.weights, strict=True) if weight)
 
+    def slots_in_flight(self, mesh: Mesh) -> list[SlotInFlight]:
+        """The slots of all ranks with their losses (collective): asked for where a step was not finite."""
+        mine = [slot for batch, losses in self._slots for slot in slots_in_flight(mesh.rank, batch, losses)]
+        return once([slot for part in mesh.gather(mine) for slot in part])
+
     def summed(
-        self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False, has_failed_save: bool = False
+        self,
+        mesh: Mesh,
+        *,
+        bad_records: int = 0,
+        wants_stop: bool = False,
+        has_failed_save: bool = False,
+        measured: Measured | None = None,
     ) -> Sums:
         """Sum over ranks (collective).
 
@@ -88,6 +108,7 @@ class Tally:
             bad_records: this rank's count.
             wants_stop: whether this rank was told to stop; it travels with the numbers that every step sums anyway.
             has_failed_save: whether this rank's part of a save went wrong; the same.
+            measured: of this rank; every rank gives one, or none does.
         """
         losses = torch.stack([value.double() for value in self._losses]).sum().reshape(1).cpu()
         metrics = [torch.stack(values).double().sum(0).cpu() for values in self._metrics.values()]
@@ -96,11 +117,12 @@ class Tally:
         if mesh.sequence.rank:
             # Not zeros: a loss that is not finite on any rank must show.
             values = values * 0
-        # Of any rank, whatever it counts.
+        # Of any rank, whatever it counts; and of each rank its own.
         flags = torch.tensor([wants_stop, has_failed_save]).double()
-        total = mesh.sum_over_ranks(torch.cat([values, flags])).tolist()
-        pairs = total[1 : 1 + 2 * len(metrics)]
-        bad, tokens, stop, failed_saves = (int(value) for value in total[1 + 2 * len(metrics) :])
+        placed = [] if measured is None else [measured.placed(mesh.rank, mesh.world_size)]
+        total = mesh.sum_over_ranks(torch.cat([values, flags, *placed])).tolist()
+        pairs, rest = total[1 : 1 + 2 * len(metrics)], total[1 + 2 * len(metrics) :]
+        bad, tokens, stop, failed_saves = (int(value) for value in rest[:4])
         return Sums(
             loss=total[0],
             means={
@@ -110,4 +132,5 @@ class Tally:
             bad_records=bad,
             wants_stop=stop > 0,
             has_failed_save=failed_saves > 0,
+            ranks=Measured.of_sum(rest[4:]),
         )

@@ -9,18 +9,14 @@ A resume, a restart after a lost worker and the boundary of a curriculum stage a
 load the newest committed checkpoint, go on at its step. One that is damaged is passed over aloud for the one before it.
 """
 
-import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from m4v_dist import storage
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import DamagedCheckpointError, PreemptedError
 from m4v_dist.parallel.mesh import Mesh
@@ -31,14 +27,18 @@ from m4v_dist.trainer.deepspeed_engine import ZeroEngine, partition
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.guards import Clock, SkippedSteps, require_same_slots
 from m4v_dist.trainer.lease import Holder, LeaseKeeper
-from m4v_dist.trainer.metrics import Broken, Ledger, Metrics
+from m4v_dist.trainer.measured import StepMeter
+from m4v_dist.trainer.metrics import Broken
 from m4v_dist.trainer.optimizer import learning_rate
+from m4v_dist.trainer.profiling import ProfileWindow
+from m4v_dist.trainer.ranges import Ranges
+from m4v_dist.trainer.rank_watch import RankWatch
+from m4v_dist.trainer.record import Record
+from m4v_dist.trainer.replicas import ReplicasDifferError, require_equal_replicas
 from m4v_dist.trainer.run_state import checkpoint_tensors, counts_to_json, load_run
 from m4v_dist.trainer.saving import Saving
-from m4v_dist.trainer.seams import BuildModel, Loader, Objective, Place, StepBatch
-from m4v_dist.trainer.tally import Tally, train_row
-
-logger = logging.getLogger(__name__)
+from m4v_dist.trainer.seams import BatchFlops, BuildModel, Loader, Objective, Place, StepBatch
+from m4v_dist.trainer.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Trainer:
         loader: this rank's.
         should_stop: asked on rank 0 in each step; True saves after that step and ends with PreemptedError.
         holder: the driver that this attempt belongs to and that keeps the run's lease; None: this process, for itself.
+        batch_flops: counts a micro-batch, for MFU; without it there is none.
     """
 
     def __init__(
@@ -81,20 +82,21 @@ class Trainer:
         fill_start: Place = lambda _name, _part: None,
         should_stop: Callable[[], bool] = lambda: False,
         holder: Holder | None = None,
+        batch_flops: BatchFlops = lambda _batch, _freeze: (0.0, 0.0),
     ) -> None:
         self.config, self.mesh, self.objective, self.loader = config, mesh, objective, loader
         self.build_model, self.fill_start, self.should_stop = build_model, fill_start, should_stop
-        self.folder = config.run.folder
+        self.meter = StepMeter(mesh.device, batch_flops, sequence_size=mesh.sequence.size)
         self.holder = holder
-        self.sources = tuple(source.name for source in config.train_sources)
+        self.profile = ProfileWindow(config.trainer.profile, config.run.folder, mesh)
         self.step = 0
         self.skipped = SkippedSteps(config.trainer.max_skipped_steps)
-        self.ledger = Ledger()
         self.clock = Clock()
         self.held_out_loss: float | None = None
-        self.metrics: Metrics | None = None
         self.wants_stop = False
+        self.record: Record
         self.saving: Saving
+        self.watch: RankWatch
         self.engine: ZeroEngine
         self.ema: Ema
 
@@ -120,14 +122,16 @@ class Trainer:
         return LeaseKeeper(self.config.checkpoint_folder, holder, self.config.trainer.lease_timeout_s)
 
     def _run(self, attempt: Attempt) -> TrainResult:
-        self.ledger, self.metrics = attempt.ledger, attempt.metrics
+        self.record = Record(self.config, self.mesh, attempt, self.clock)
         self.saving = Saving(self.config, self.mesh, attempt, self.clock)
         self.step = 0 if attempt.saved is None else checkpoint.step_of(attempt.saved)
         is_ended_as_asked = False
+        self.watch = RankWatch(self.config.trainer, self.mesh, self.config.run.folder, attempt.number)
         try:
-            if attempt.damage is not None:
-                self.step = self.saving.fall_back(DamagedCheckpointError(attempt.damage))
-            self._train(attempt.broken)
+            with self.watch:
+                if attempt.damage is not None:
+                    self.step = self.saving.fall_back(DamagedCheckpointError(attempt.damage))
+                self._train(attempt.broken)
             is_ended_as_asked = True
         except PreemptedError:
             is_ended_as_asked = True
@@ -151,35 +155,21 @@ class Trainer:
                 # Perhaps in an earlier curriculum stage.
                 self.step = self.saving.fall_back(error)
                 continue
-            self._count_start(broken)
+            self.record.start(broken, self.step, self.saving.saved)
             broken = None
             if self.step == 0:
                 self._validate()
             self._train_stage(curriculum_stage)
             self.loader.close()
             self.engine.close()
-            self._lap_other()
+            self.record.lap_other()
 
     # ---- curriculum stages
-
-    def _count_start(self, broken: Broken | None) -> None:
-        """Put the time until here into the ledger: of a restart from the broken attempt's last row, else a build."""
-        build_s = self.clock.lap()
-        if broken is None:
-            self.ledger.build_s += build_s
-        else:
-            restart_s = max(build_s, time.time() - broken.last_time)
-            self.ledger.restart_s += restart_s
-            self.ledger.lost_s += broken.lost_s
-            lost = {"lost_steps": broken.lost_steps, "lost_s": broken.lost_s}
-            row = {"resumed_from": self.saving.saved, "timing/restart_s": restart_s, "timing/build_s": build_s, **lost}
-            self._write("restart", self.step, row)
-        # Now, so that an attempt that dies before its first commit still counts.
-        self._write_ledger()
 
     def _enter(self, curriculum_stage: CurriculumStage) -> None:
         """Build the engine of a curriculum stage and fill it from the newest checkpoint, if there is one."""
         settings, config = curriculum_stage.settings, self.config
+        self.watch.begin("building and loading", self.step)
 
         def place(name: str, part: nn.Module) -> None:
             if self.saving.saved is None:
@@ -198,15 +188,18 @@ class Trainer:
             load_run(self.saving.saved, self.engine, self.ema, self.loader, self.skipped)
         self.loader.enter(curriculum_stage.index, self.step)
         stage = {"curriculum_stage": settings.name, "start": curriculum_stage.start, "stop": curriculum_stage.stop}
-        self._write("stage", self.step, {**stage, "freeze": list(settings.freeze)})
+        self.record.write("stage", self.step, {**stage, "freeze": list(settings.freeze)})
         span = f"steps {self.step} to {curriculum_stage.stop}"
-        self._log("stage %s: %s, from %s", settings.name, span, self.saving.saved or "the start")
+        self.record.log("stage %s: %s, from %s", settings.name, span, self.saving.saved or "the start")
 
     def _train_stage(self, curriculum_stage: CurriculumStage) -> None:
         every = self.config.trainer
         batches = self.loader.steps()
         while self.step < curriculum_stage.stop:
             self._train_step(curriculum_stage, batches)
+            if every.replica_check_every_steps and self.step % every.replica_check_every_steps == 0:
+                # Before a save: weights that differ are not kept.
+                self._check_replicas()
             if self.step == self.config.total_steps:
                 # Before the last commit: a kill between the two would leave a finished run without its figure.
                 self.held_out_loss = self._validate()
@@ -226,111 +219,112 @@ class Trainer:
                 self._validate()
 
     def _train_step(self, curriculum_stage: CurriculumStage, batches: Iterator[StepBatch]) -> None:
-        self._lap_other()
+        self.record.lap_other()
         batch = next(batches)
+        self.watch.begin_step(batch)
         assert batch.step == self.step, f"the loader yields step {batch.step}, the trainer is at {self.step}"
         data_s = self.clock.lap()
         require_same_slots(self.mesh, batch.micro_batches)
+        self.profile.begin_step(self.step)
         rate = learning_rate(curriculum_stage.settings, self.step - curriculum_stage.start)
         fresh_scale = curriculum_stage.settings.fresh_learning_rate_scale
         tally = Tally()
+        self.meter.begin()
         with self.engine.accumulate(len(batch.micro_batches)):
             for micro_batch in batch.micro_batches:
-                output = self.objective(self.engine.model, micro_batch)
-                self.engine.backward(output.loss)
-                tally.add(output.loss, output.metrics, micro_batch)
+                with self.profile.span("forward"):
+                    output = self.objective(self.engine.model, micro_batch)
+                with self.profile.span("backward"):
+                    self.engine.backward(output.loss)
+                tally.add(output, micro_batch)
+                self.watch.at("its next micro-batch, or adding up gradients")
+            self.meter.end()
         wants_stop = self.mesh.is_main and self.should_stop()
+        self.watch.at("adding up over ranks")
         sums = tally.summed(
             self.mesh,
             bad_records=self.loader.num_bad_records,
             wants_stop=wants_stop,
             has_failed_save=self.saving.has_failed,
+            measured=self.meter.measured(batch, curriculum_stage.settings.freeze, data_s=data_s),
         )
         self.wants_stop = sums.wants_stop
         # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
-        norm = self.engine.step(rate, fresh_scale=fresh_scale) if math.isfinite(sums.loss) else None
+        with self.profile.span("optimizer"):
+            norm = self.engine.step(rate, fresh_scale=fresh_scale) if math.isfinite(sums.loss) else None
         if not math.isfinite(sums.loss):
             self.engine.discard()
         if norm is not None:
             self.ema.update(self.engine.slices())
-        step_s = self.clock.lap()
-        self.ledger.data_s += data_s
-        if norm is not None:
-            self.ledger.step_s += step_s
-        else:
-            self.ledger.lost_s += step_s
+        self.watch.end_step()
         self.skipped.record(step=self.step, is_applied=norm is not None, loss=sums.loss)
-        if self.step % self.config.logging.every_steps == 0:
-            row = train_row(sums, norm=norm, step_s=step_s, data_s=data_s, world_size=self.mesh.world_size)
-            row |= {f"data/{name}/samples_seen": self.loader.samples_seen.get(name, 0) for name in self.sources}
-            row |= {f"data/{name}/tokens_seen": self.loader.tokens_seen.get(name, 0) for name in self.sources}
-            row |= {"train/lr": rate, "train/lr_fresh": rate * fresh_scale, "train/skipped_steps": self.skipped.total}
-            self._write("train", self.step, {"curriculum_stage": curriculum_stage.settings.name, **row})
-        # After the row, which says what was not finite.
+        facts = {
+            "curriculum_stage": curriculum_stage.settings.name,
+            "train/lr": rate,
+            "train/lr_fresh": rate * fresh_scale,
+            "train/skipped_steps": self.skipped.total,
+        }
+        self.record.step(self.step, sums, self.loader, facts, norm=norm, data_s=data_s)
+        if norm is None:
+            self.record.skipped_step(self.step, tally, loss=sums.loss)
+        self.profile.end_step(self.step)
+        # After the rows, which say what was not finite.
         self.skipped.require_finite(step=self.step, loss=sums.loss)
         self.step += 1
         self.saving.note_commit()
         if sums.has_failed_save:
-            self._lap_other()
+            self.record.lap_other()
+            self.watch.begin("clearing up after a save that failed", self.step)
             self.saving.settle(self.step)
+
+    def _check_replicas(self) -> None:
+        try:
+            require_equal_replicas(self.engine.replicas(), self.mesh, step=self.step)
+        except ReplicasDifferError as error:
+            self.record.write("replicas_differ", self.step, {"error": str(error)})
+            raise
 
     @torch.no_grad()
     def _validate(self) -> float | None:
         """Loss of the fixed held-out slots with their fixed draws; None when it is switched off (collective)."""
         if not self.config.trainer.held_out_slots:
             return None
-        self._lap_other()
+        self.record.lap_other()
+        self.watch.begin("the held-out loss", self.step)
         self.engine.train(False)
         tally = Tally()
         micro_batches = self.loader.held_out()
         require_same_slots(self.mesh, micro_batches)
         for micro_batch in micro_batches:
             output = self.objective(self.engine.model, micro_batch)
-            tally.add(output.loss, output.metrics, micro_batch)
+            tally.add(output, micro_batch)
         self.engine.train(True)
         sums = tally.summed(self.mesh)
-        elapsed = self.clock.lap()
-        self.ledger.validation_s += elapsed
-        row = {"validation/held_out_loss": sums.loss, "timing/validation_s": elapsed}
-        row |= {f"validation/held_out_{name}": value for name, value in sums.means.items()}
-        self._write("held_out", self.step, row)
-        self._log("held-out loss at step %d: %.6f", self.step, sums.loss)
+        self.record.held_out(self.step, sums)
         return sums.loss
 
     # ---- state
 
     def _save(self, curriculum_stage: CurriculumStage, *, must_stand: bool) -> None:
-        self._lap_other()
+        self.record.lap_other()
+        self.watch.begin("waiting for the save before it", self.step)
+
+        def tensors() -> dict[str, Ranges]:
+            # At each try: one that failed and begins anew has not stalled.
+            self.watch.begin("saving", self.step)
+            return checkpoint_tensors(self.engine, self.ema, to_load=False)
+
         self.saving.save(
             self.step,
-            lambda: checkpoint_tensors(self.engine, self.ema, to_load=False),
+            tensors,
             lambda: counts_to_json(curriculum_stage, self.engine, self.ema, self.loader, self.skipped),
             must_stand=must_stand,
         )
 
     def _end_attempt(self, *, is_ended_as_asked: bool) -> None:
-        """Close what is open; the ledger of an attempt that breaks off stays as of its last commit."""
+        """Close what is open."""
         if not is_ended_as_asked:
             self.saving.close()
-        if is_ended_as_asked:
-            self._lap_other()
-            self._write("ledger", self.step, self.ledger.to_json())
-            self._write_ledger()
-            self._log("ledger: %s", ", ".join(f"{name} {value:.2f}" for name, value in self.ledger.to_json().items()))
-        if self.metrics is not None:
-            self.metrics.close(is_success=is_ended_as_asked)
-
-    def _lap_other(self) -> None:
-        self.ledger.other_s += self.clock.lap()
-
-    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        if self.metrics is not None:
-            self.metrics.write(kind, step, values)
-
-    def _write_ledger(self) -> None:
-        if self.mesh.is_main:
-            storage.write_json(storage.join(self.folder, "ledger.json"), self.ledger.to_json())
-
-    def _log(self, message: str, *values: object) -> None:
-        if self.mesh.is_main:
-            logger.info(message, *values)
+        self.record.end(self.step, is_ended_as_asked=is_ended_as_asked)
+        # Last: a trace that cannot be written must not make an attempt that ended well look broken.
+        self.profile.close(self.step)

@@ -40,7 +40,7 @@ def _broken(dotted: str, value: Any) -> dict[str, Any]:
         ("prompt", "a cat", "sampling.prompts"),
         ("learning_rate", 1e-4, "curriculum.N.learning_rate"),
         ("run.learning_rat", 1e-4, "curriculum.N.learning_rate"),
-        ("trainer.num_steps", 5, "curriculum.N.num_steps or benchmark.num_steps"),
+        ("trainer.num_steps", 5, "trainer.profile.num_steps, curriculum.N.num_steps or benchmark.num_steps"),
         ("trainer.seed", 1, "run.seed or sampling.seed"),
         ("trainer.name", "x", "run.name, sources.N.name or curriculum.N.name"),
         ("optimizer", {"learning_rate": 1e-4}, "curriculum.N.learning_rate"),

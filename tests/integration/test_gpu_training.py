@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 def _config(folder: str, cache: str, *, use_gpu: bool, zero_stage: int) -> str:
     values = small_values(folder, cache, zero_stage=zero_stage, precision="bfloat16" if use_gpu else "float32")
-    values["launch"] = {"num_workers": 1, "use_gpu": use_gpu}
+    values["launch"] = {"num_workers": 1, "use_gpu": use_gpu, "gpu_peak_tflops": 1000.0}
+    values["trainer"]["profile"] = {"start_step": 4, "num_steps": 1}
     return config_to_json(parse_config(values, where="test"))
 
 
@@ -46,6 +47,13 @@ def test_a_gpu_run_follows_the_cpu_run_and_resumes(tmp_path: Path, zero_stage: i
     assert all(math.isfinite(loss) for loss in losses[gpu].values())
     # the same weights and draws: bfloat16 matmuls keep 8 bits
     assert losses[gpu][0] == pytest.approx(losses[cpu][0], rel=3e-2)
+    for row in rows(gpu, "train"):
+        # tiny kernels that wait for Python: a share of the peak that is far from it
+        assert 0 < row["perf/mfu"] <= row["perf/hfu"] < 1 and row["memory/max_reserved_gib"] > 0
+        assert 0 < row["timing/step_s_min"] == row["timing/step_s_max"] < row["timing/step_s"]
+    names = sorted(path.name for path in Path(gpu, "profile").iterdir())
+    assert names == ["rank_00000_steps_4_to_4.json", "rank_00000_steps_4_to_4_memory.pickle"]
+    assert '"cat": "kernel"' in Path(gpu, "profile", names[0]).read_text()
     redone = [row for row in rows(gpu, "train") if row["attempt"] == 2]
     assert redone[0]["step"] == 6
     first = next(row for row in rows(gpu, "train") if row["step"] == 6 and row["attempt"] == 1)

@@ -52,7 +52,12 @@ def test_shards_become_a_cache_a_trained_model_videos_and_a_report(
     assert (run / "checkpoints" / "step_00000002" / "COMMITTED").exists()
     assert "trained to its last step 2" in call("train", train)
     # A longer curriculum goes on from there.
-    assert call("train", train, "curriculum.0.num_steps=3").startswith("3 steps done")
+    longer = ("curriculum.0.num_steps=3", "trainer.sample_every_steps=3")
+    assert call("train", train, *longer).startswith("3 steps done")
+    # Sampled beside training, by a process of its own.
+    (entry,) = storage.read_json(str(run / "validation" / "step_00000003" / "samples.json"))
+    assert entry["prompt"] == "moving blocks" and (run / "validation" / "step_00000003" / entry["file"]).exists()
+    assert not (run / "validation" / "step_00000002").exists()
 
     assert "held_out, 64 x 64 px" in call("check_codec", check_codec)
     assert "1 videos from step_00000003" in call("sample", sample)

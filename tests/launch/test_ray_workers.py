@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from m4v_dist.config.training_settings import LaunchSettings
-from m4v_dist.errors import DataError, OutOfMemoryJobError, PreemptedError, RetriesExhaustedError
+from m4v_dist.errors import DataError, OutOfMemoryJobError, PreemptedError, RetriesExhaustedError, RunInUseError
 from m4v_dist.launch.ray_session import start_ray, stop_ray
 from m4v_dist.launch.ray_workers import WorkerFunction, run_workers
 
@@ -28,7 +28,7 @@ def _ray() -> Iterator[None]:
     assert folder is None or not Path(folder).exists(), "Ray's folder stays behind"
 
 
-def _run(function: WorkerFunction, folder: Path, settings: LaunchSettings, name: str, **options: int) -> Any:
+def _run(function: WorkerFunction, folder: Path, settings: LaunchSettings, name: str, **options: Any) -> Any:
     config = {"folder": str(folder)}
     return run_workers(function, config, settings, name, str(folder / "ray"), progress=_no_commit, **options)
 
@@ -87,6 +87,22 @@ def test_a_data_error_of_one_rank_ends_the_run_as_itself_without_a_retry(tmp_pat
     assert len(list(tmp_path.glob("start_*"))) == 1
 
 
+def _another_driver_has_it(config: dict[str, Any], _: Callable[[], bool]) -> None:
+    raise RunInUseError("in use by attempt 7")
+
+
+def test_no_report_is_asked_for_of_a_run_that_another_driver_trains(tmp_path: Path) -> None:
+    """Its newest attempt is alive: a report would call it dead, and stand in the way of its own."""
+    asked: list[list[int]] = []
+
+    def report(_: dict[str, Any], silent: list[int]) -> None:
+        asked.append(silent)
+
+    with pytest.raises(RunInUseError, match="in use by attempt 7"):
+        _run(_another_driver_has_it, tmp_path, SETTINGS, "used", failure_report=report)
+    assert not asked
+
+
 def _until_asked_to_stop(config: dict[str, Any], should_stop: Callable[[], bool]) -> None:
     _note(config)
     while not should_stop():
@@ -108,8 +124,18 @@ def test_sigterm_to_the_driver_lets_the_workers_save_and_end_once(tmp_path: Path
 
 def test_retries_end_with_the_root_cause(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"max_failures": 0})
-    with pytest.raises(RetriesExhaustedError, match=r"max_failures=0.*rank 1.*ZeroDivisionError: a bug") as caught:
-        _run(_bug_on_rank_1, tmp_path, settings, "bug")
+    asked: list[list[int]] = []
+
+    def report(config: dict[str, Any], silent: list[int]) -> str:
+        assert config == {"folder": str(tmp_path)}
+        asked.append(silent)
+        return "Report: here."
+
+    with pytest.raises(
+        RetriesExhaustedError, match=r"max_failures=0.*rank 1.*ZeroDivisionError: a bug.*Report: here\."
+    ) as caught:
+        _run(_bug_on_rank_1, tmp_path, settings, "bug", failure_report=report)
+    assert asked == [[]], "rank 1 told its error"
     assert caught.value.exit_code == 6
     assert len(list(tmp_path.glob("start_*"))) == 1
 
@@ -129,6 +155,21 @@ def test_a_device_out_of_memory_ends_the_run_with_exit_4_without_a_retry(tmp_pat
         _run(_out_of_memory_on_rank_1, tmp_path, SETTINGS, "memory")
     assert caught.value.exit_code == 4
     assert len(list(tmp_path.glob("start_*"))) == 1
+
+
+def _kill_rank_1(config: dict[str, Any], _: Callable[[], bool]) -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def test_the_report_is_asked_for_with_the_rank_that_died_without_an_error(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"max_failures": 0})
+    # `.` takes no line break: the message is one line
+    with pytest.raises(RetriesExhaustedError, match=r"^workers.*rank 1 died without an error.*silent: \[1\]$"):
+        _run(_kill_rank_1, tmp_path, settings, "silent", failure_report=lambda _, silent: f"silent: {silent}")
 
 
 def test_restarts_without_a_limit_end_when_they_bring_nothing_new(tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ def train_row(attempt: int, step: int) -> dict[str, Any]:
         "train/loss_pyramid_stage_2": loss * 1.3,
         "data/stills/samples_seen": 12 * min(step + 1, 40) + 3 * max(0, step - 39),
         "data/clips/samples_seen": 9 * max(0, step - 39),
+        "timing/step_s_max": 0.5 + 0.01 * (step % 3),
+        "timing/step_s_min": 0.4,
+        "timing/data_s_max": 0.01,
+        "memory/host_rss_gib": 1.5 + 0.001 * step,
     }
 
 

@@ -1,6 +1,7 @@
 """The page shows what the run folder holds, says what is missing, escapes captions, and asks nothing of a network."""
 
 import base64
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -143,7 +144,7 @@ def test_equal_runs_give_equal_plots(page: str, run_folder: Path) -> None:
     def plots(text: str) -> list[str]:
         return re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
 
-    assert plots(page) == plots(_render(run_folder)) and len(plots(page)) == 5
+    assert plots(page) == plots(_render(run_folder)) and len(plots(page)) == 7
 
 
 def test_each_missing_part_is_stated(run_folder: Path) -> None:
@@ -197,6 +198,46 @@ def test_videos_of_start_weights_are_not_called_those_of_the_trained_model(page:
     assert "The start weights, before any training, made the videos below" in other
     assert "from the start weights, before any training." in other and "start weights · seed 0" in other
     assert "averaged" not in other and "None" not in other and "expect coarse colour" not in other
+
+
+def test_spread_and_memory_are_drawn_and_no_mfu_is_made_up(page: str) -> None:
+    drawn = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    (spread,) = [svg for svg in drawn if "slowest rank" in svg]
+    assert "fastest rank" in spread and "longest wait for data" in spread
+    (memory,) = [svg for svg in drawn if "host, resident" in svg]
+    assert "GPU, reserved" not in memory
+    assert "No MFU: the run had no GPU whose peak is known." in page and "share of the GPUs" not in page
+
+
+def test_mfu_and_gpu_memory_stand_where_a_run_has_them(run_folder: Path) -> None:
+    path = run_folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    gpu = {"perf/mfu": 0.375, "perf/hfu": 0.5, "memory/max_reserved_gib": 61.0}
+    path.write_text("".join(json.dumps(row | (gpu if row["kind"] == "train" else {})) + "\n" for row in rows))
+    page = _render(run_folder)
+    assert "<b>37.5 %</b>" in page and "MFU: what the model needs" in page and "GPU, reserved at most" in page
+    assert "No MFU" not in page
+
+
+def test_what_went_wrong_stands_with_its_rank_step_and_records(page: str, run_folder: Path) -> None:
+    assert "No attempt left a failure report." in page and "No step was skipped." in page
+    failure = {
+        "attempt": 1, "cause": "rank 1 failed: <KeyError>", "first_rank": 1, "host": "node-7", "pid": 4242, "gpu": None,
+        "step": 67, "records": ["clips/fox", "clips/plane"],
+    }  # fmt: skip
+    storage.write_json(str(run_folder / "attempts" / "attempt_0001_failure.json"), failure)
+    storage.write_json(str(run_folder / "attempts" / "attempt_0001.json"), {"attempt": 1})
+    storage.write_json(str(run_folder / "validation" / "step_00000060" / "samples.json"), [{}, {}])
+    storage.write_json(str(run_folder / "validation" / "step_00000080" / "failure.json"), {"step": 80})
+    slots = [{"record": "stills/blank"}]
+    skipped = {"attempt": 1, "step": 5, "kind": "skipped", "num_non_finite_slots": 1, "slots": slots}
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(skipped) + "\n")
+    words = " ".join(_render(run_folder).split())
+    assert "rank 1 failed: &lt;KeyError&gt;" in words and "rank 1, node-7, process 4242</td>" in words
+    assert "clips/fox, clips/plane" in words and "stills/blank" in words
+    assert "step 60 (2 videos), step 80 (failed); in the run folder" in words
+    assert "No attempt left" not in words and "No step was skipped" not in words
 
 
 def test_a_named_video_that_is_missing_is_an_error(run_folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from m4v_dist.config.training_settings import LoggingSettings
 from m4v_dist.trainer.ema import Ema, decay_at
 from m4v_dist.trainer.guards import Clock
-from m4v_dist.trainer.metrics import Ledger, Metrics, broken_attempt, read_rows
+from m4v_dist.trainer.metrics import Ledger, Metrics, broken_attempt, ledger_table, read_rows
 from m4v_dist.trainer.zero_slices import Slice
 from tests.trainer.toy import toy_config
 
@@ -122,3 +122,15 @@ def test_a_clock_laps() -> None:
     times = iter([1.0, 3.0, 3.5])
     clock = Clock(lambda: next(times))
     assert (clock.lap(), clock.lap()) == (2.0, 0.5)
+
+
+def test_the_ledger_is_shown_largest_first_with_shares_and_goodput() -> None:
+    lines = ledger_table(Ledger(step_s=6.0, data_s=1.0, lost_s=3.0)).splitlines()
+    assert [line.split() for line in lines[1:4]] == [
+        ["step", "6.00", "60.0%"],
+        ["lost", "3.00", "30.0%"],
+        ["data", "1.00", "10.0%"],
+    ]
+    assert lines[9].split() == ["all", "10.00", "goodput", "60.0%"]
+    assert lines[10:] == ["failed_saves 0", "damaged_checkpoints 0"]
+    assert "0.0%" in ledger_table(Ledger())

@@ -5,9 +5,10 @@ import math
 import torch
 
 from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.trainer.measured import Measured
 from m4v_dist.trainer.tally import Sums, Tally
 from tests.trainer.ranks import run_ranks
-from tests.trainer.toy import toy_batch
+from tests.trainer.toy import ToyOutput, toy_batch
 
 
 def sums_on_rank(case: str) -> Sums:
@@ -15,8 +16,11 @@ def sums_on_rank(case: str) -> Sums:
     mesh = Mesh.of_process_group(use_gpu=False, sequence_size=3)
     loss = torch.tensor(math.inf if mesh.rank == 2 and case == "infinite" else 0.1)
     tally = Tally()
-    tally.add(loss, {"loss_pyramid_stage_0": torch.tensor([0.4, 2.0])}, toy_batch(0, [0, 1], 2))
-    return tally.summed(mesh, bad_records=1, wants_stop=mesh.is_main)
+    slot_losses = torch.stack([loss, torch.tensor(0.3)])
+    output = ToyOutput(loss, {"loss_pyramid_stage_0": torch.tensor([0.4, 2.0])}, slot_losses)
+    tally.add(output, toy_batch(0, [0, 1], 2))
+    measured = Measured(mesh.rank + 0.5, 1.0, 0.0, 0.25, 10.0, 12.0)
+    return tally.summed(mesh, bad_records=1, wants_stop=mesh.is_main, measured=measured)
 
 
 def test_sequence_ranks_count_once() -> None:
@@ -24,6 +28,8 @@ def test_sequence_ranks_count_once() -> None:
         assert sums.loss == float(torch.tensor(0.1))
         assert sums.means == {"loss_pyramid_stage_0": float(torch.tensor(0.4)) / 2}
         assert (sums.tokens, sums.bad_records, sums.wants_stop) == (20, 1, True)
+        # what a rank measured is its own, and no slot's
+        assert [measured.data_s for measured in sums.ranks] == [0.5, 1.5, 2.5]
 
 
 def test_a_loss_that_is_not_finite_on_one_sequence_rank_shows() -> None:

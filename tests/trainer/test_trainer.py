@@ -145,7 +145,12 @@ def _more_jobs(folder: str) -> dict[str, Any]:
     def nan_on_one_rank(model: Any, batch: Any) -> ToyOutput:
         output = toy_objective(model, batch)
         is_bad = mesh.rank == 1 and batch.slots[0].step in (2, 3)
-        return ToyOutput(output.loss * (torch.nan if is_bad else 1.0), output.metrics)
+        if not is_bad:
+            return output
+        # of the first micro-batch of rank 1, slots 6 to 8, the second slot alone
+        slot_losses = output.slot_losses.clone()
+        slot_losses[1] = torch.nan if batch.slots[0].index == 6 else slot_losses[1]
+        return ToyOutput(output.loss * torch.nan, output.metrics, slot_losses)
 
     _trainer(f"{folder}/skips", objective=nan_on_one_rank).run()
     try:
@@ -190,6 +195,16 @@ def test_a_nan_on_one_rank_is_logged_as_nan_and_skipped(more: tuple[str, dict[st
     assert found[-1]["train/skipped_steps"] == 2
     steps = checkpoint.read_state(str(checkpoint.newest_committed(f"{more[0]}/skips/checkpoints")))["optimizer_steps"]
     assert steps["rest/decay"] == TOTAL - 2
+
+
+def test_a_skipped_step_names_the_record_whose_loss_was_not_finite(more: tuple[str, dict[str, Any]]) -> None:
+    found = rows(f"{more[0]}/skips", "skipped")
+    assert [row["step"] for row in found] == [2, 3]
+    for row in found:
+        assert row["num_non_finite_slots"] == 1
+        (slot,) = row["slots"]
+        assert (slot["rank"], slot["index"], slot["record"]) == (1, 7, "images/key-7")
+        assert slot["loss"] != slot["loss"] and (slot["unit"], slot["pyramid_stage"]) == (2, 1)
 
 
 def test_too_many_skips_in_a_row_end_the_run_with_the_way_out(more: tuple[str, dict[str, Any]]) -> None:

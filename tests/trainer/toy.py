@@ -47,6 +47,7 @@ def build_toy(place: Callable[[str, nn.Module], None]) -> ToyModel:
 class ToyOutput:
     loss: Tensor
     metrics: dict[str, Tensor]
+    slot_losses: Tensor
 
 
 def toy_objective(model: nn.Module, batch: LatentBatch) -> ToyOutput:
@@ -62,7 +63,7 @@ def toy_objective(model: nn.Module, batch: LatentBatch) -> ToyOutput:
         f"loss_pyramid_stage_{k}": torch.stack([slot_losses.detach()[stages == k].sum(), (stages == k).sum()])
         for k in range(3)
     }
-    return ToyOutput(loss, metrics)
+    return ToyOutput(loss, metrics, slot_losses.detach())
 
 
 def toy_slot(step: int, index: int) -> tuple[Slot, Tensor]:
