@@ -7,7 +7,7 @@ same command on a run folder that is not empty goes on from its newest committed
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -34,6 +34,7 @@ from m4v_dist.model.start_weights import check_start_weights
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from m4v_dist.objective.history import choose_unit, num_segment_tokens
 from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.stop_request import StopRequest
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.curriculum import curriculum_stages
 from m4v_dist.trainer.deepspeed_engine import model_state_bytes
@@ -58,7 +59,7 @@ def train(config: RunConfig, dry_run: bool) -> str:
         RetriesExhaustedError: workers failed too often.
         OutOfMemoryJobError: a worker ran out of memory.
         NonFiniteError: training diverged.
-        PreemptedError: asked to stop, and saved.
+        PreemptedError: asked to stop, and saved if there was time for it.
     """
     config = with_absolute_paths(config)
     step = check_run_folder(config)
@@ -90,7 +91,7 @@ def train(config: RunConfig, dry_run: bool) -> str:
     return f"{result['step']} steps done{held_out}; {result['checkpoint']}"
 
 
-def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Any]:
+def train_on_rank(task: dict[str, Any], stop_requests: Callable[[], Sequence[StopRequest]]) -> dict[str, Any]:
     """What one worker does: build cache, loader, model, objective and trainer, and run."""
     config = config_from_json(task["config"])
     torch.set_num_threads(config.trainer.num_threads)
@@ -110,7 +111,7 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
         fill_start=fill_start,
         objective=PyramidFlowMatching(config.objective, normalization.normalize, mesh.device),
         loader=build_loader(config, cache, mesh.rank, mesh.world_size),
-        should_stop=should_stop,
+        stop_requests=stop_requests,
     )
     return asdict(trainer.run())
 

@@ -1,10 +1,22 @@
 """Engine and average as the tensors of a checkpoint, and back."""
 
+import math
+from collections.abc import Mapping, Sequence
+
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
 from m4v_dist.trainer.ema import Ema
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def checkpoint_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Size of a whole checkpoint, in bytes: float32 weights, their average and both moments.
+
+    Args:
+        shapes: of all parameters; frozen ones have no moments, which is not looked at.
+    """
+    return 4 * (2 + len(MOMENTS)) * sum(math.prod(shape) for shape in shapes.values())
 
 
 def checkpoint_tensors(engine: ZeroEngine, ema: Ema, *, to_load: bool) -> dict[str, checkpoint.Ranges]:

@@ -23,14 +23,14 @@ class Sums:
         means: the objective's metrics, sum / count; those without a count are absent.
         tokens: of all packed segments.
         bad_records: damaged records that the ranks met, summed.
-        wants_stop: whether any rank (rank 0 is the one that asks) was told to stop.
+        order: what rank 0 orders for the end of the step (`stopping.Order`).
     """
 
     loss: float
     means: dict[str, float]
     tokens: int
     bad_records: int
-    wants_stop: bool
+    order: int
 
 
 def train_row(sums: Sums, *, norm: float | None, step_s: float, data_s: float, world_size: int) -> dict[str, float]:
@@ -75,20 +75,20 @@ class Tally:
             self._metrics.setdefault(name, []).append(value.detach())
         self._tokens += sum(slot.num_tokens for slot, weight in zip(batch.slots, batch.weights, strict=True) if weight)
 
-    def summed(self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False) -> Sums:
+    def summed(self, mesh: Mesh, *, bad_records: int = 0, order: int = 0) -> Sums:
         """Sum over ranks (collective).
 
         Args:
             mesh: rank facts.
             bad_records: this rank's count.
-            wants_stop: whether this rank was told to stop; it travels with the numbers that every step sums anyway.
+            order: rank 0's, and 0 on the others; it travels with the numbers that every step sums anyway.
         """
         losses = torch.stack([value.double() for value in self._losses]).sum().reshape(1).cpu()
         metrics = [torch.stack(values).double().sum(0).cpu() for values in self._metrics.values()]
-        counts = torch.tensor([bad_records, wants_stop, self._tokens]).double()
+        counts = torch.tensor([bad_records, order, self._tokens]).double()
         total = mesh.sum_over_ranks(torch.cat([losses, *metrics, counts])).tolist()
         pairs = total[1 : 1 + 2 * len(metrics)]
-        bad, stop, tokens = (int(value) for value in total[1 + 2 * len(metrics) :])
+        bad, order, tokens = (int(value) for value in total[1 + 2 * len(metrics) :])
         return Sums(
             loss=total[0],
             means={
@@ -96,5 +96,5 @@ class Tally:
             },
             tokens=tokens,
             bad_records=bad,
-            wants_stop=stop > 0,
+            order=order,
         )
