@@ -109,6 +109,12 @@ def test_sigterm_to_the_driver_lets_the_workers_save_and_end_once(tmp_path: Path
     assert len(list(tmp_path.glob("start_*"))) == 1
 
 
+def test_a_time_limit_reaches_the_workers_with_its_deadline(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"time_limit_s": 900.0})
+    with pytest.raises(PreemptedError, match=r"saved, asked by the time limit \(launch.time_limit_s=900\)"):
+        _run(_until_asked_to_stop, tmp_path, settings, "limit")
+
+
 def test_retries_end_with_the_root_cause(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"max_failures": 0})
     with pytest.raises(RetriesExhaustedError, match=r"max_failures=0.*rank 1.*ZeroDivisionError: a bug") as caught:
