@@ -255,10 +255,12 @@ def plan_table(config: RunConfig, loader: LatentLoader, step: int) -> str:
             f"{round(tokens * workers / len(batches)):>13,}{training:>14,}"
         )
     loader.close()
-    states = model_state_bytes(total, config.trainer.zero_stage, workers) / 2**30
+    zero_stage, least = config.trainer.zero_stage, config.launch.least_workers
+    states, most = (model_state_bytes(total, zero_stage, ranks) / 2**30 for ranks in (workers, least))
+    fewer = f", {most:.2f} on {least} of launch.min_workers" if least < workers else ""
     lines.append(
         f"{total:,} parameters; weights, gradients, moments and average take {states:.2f} GiB a rank (ZeRO "
-        f"{config.trainer.zero_stage}, {workers} ranks); tokens from the first {_PLANNED_STEPS} steps of rank 0"
+        f"{zero_stage}, {workers} ranks{fewer}); tokens from the first {_PLANNED_STEPS} steps of rank 0"
     )
     weights = f" with the weights of {config.start_weights}" if step == 0 and config.start_weights else ""
     lines.append(f"starts at step {step} of {config.total_steps}{weights}; folder {config.run.folder}")

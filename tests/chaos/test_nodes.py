@@ -23,7 +23,7 @@ MANY_STEPS = 5000
 """More than the run will do: it is ended by SIGTERM once all has happened."""
 
 
-def _values(folder: str, cache: str, *, num_steps: int, **launch: Any) -> dict[str, Any]:
+def run_values(folder: str, cache: str, *, num_steps: int, **launch: Any) -> dict[str, Any]:
     values = small_values(folder, cache, checkpoint_every_steps=10, keep_last=1000, held_out_slots=0)
     values["curriculum"][1]["num_steps"] = num_steps
     # Small, so that what is left of two orders of summation does not grow over hundreds of steps.
@@ -32,7 +32,7 @@ def _values(folder: str, cache: str, *, num_steps: int, **launch: Any) -> dict[s
     return values
 
 
-def _write(path: Path, values: dict[str, Any]) -> str:
+def write_config(path: Path, values: dict[str, Any]) -> str:
     config = parse_config(values, where="chaos")
     path.write_text(to_toml(config.model_dump(mode="json", exclude_none=True)))
     return str(path)
@@ -41,7 +41,7 @@ def _write(path: Path, values: dict[str, Any]) -> str:
 def _undisturbed(base: Path, cache: str, num_steps: int) -> dict[int, float]:
     """Losses of the same run on two ranks that nothing happens to."""
     folder = str(base / "undisturbed")
-    config = parse_config(_values(folder, cache, num_steps=num_steps - 2), where="chaos")
+    config = parse_config(run_values(folder, cache, num_steps=num_steps - 2), where="chaos")
     assert run_ranks(train_each, 2, [config_to_json(config)], timeout_s=900) == [[num_steps]] * 2
     return {row["step"]: row["train/loss"] for row in rows(folder, "train")}
 
@@ -63,7 +63,7 @@ def _restarts(folder: str) -> list[tuple[int, int]]:
 def test_a_run_goes_on_with_the_node_that_is_left_and_grows_back_when_one_is_added(tmp_path: Path) -> None:
     folder, log = str(tmp_path / "run"), tmp_path / "driver.log"
     cache = make_small_cache(str(tmp_path / "cache"))
-    config = _write(tmp_path / "run.toml", _values(folder, cache, num_steps=MANY_STEPS, max_failures=1))
+    config = write_config(tmp_path / "run.toml", run_values(folder, cache, num_steps=MANY_STEPS, max_failures=1))
     with nodes(2) as (cluster, each), driver(config, cluster.env, log) as process:
         wait_for("steps on two ranks", lambda: len(steps_of(folder, 1)) >= 15, process, log)
         cluster.lose(each[1])
@@ -94,10 +94,10 @@ def test_a_run_goes_on_with_the_node_that_is_left_and_grows_back_when_one_is_add
 def test_an_announced_loss_is_saved_for_and_counts_as_no_failure(tmp_path: Path) -> None:
     folder, log = str(tmp_path / "run"), tmp_path / "driver.log"
     cache = make_small_cache(str(tmp_path / "cache"))
-    values = _values(folder, cache, num_steps=MANY_STEPS, max_failures=0)
+    values = run_values(folder, cache, num_steps=MANY_STEPS, max_failures=0)
     # Far apart, so that a save between two of them was made because of the notice.
     values["trainer"]["checkpoint_every_steps"] = MANY_STEPS
-    config = _write(tmp_path / "run.toml", values)
+    config = write_config(tmp_path / "run.toml", values)
     with nodes(2) as (cluster, each), driver(config, cluster.env, log) as process:
         wait_for("steps on two ranks", lambda: len(steps_of(folder, 1)) >= 15, process, log)
         cluster.announce_loss(each[1], 20)

@@ -63,6 +63,17 @@ def test_a_dry_run_shows_steps_slots_tokens_and_parameters(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_of_an_elastic_run_shows_what_a_rank_holds_of_the_fewest(
+    cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = small_values(str(tmp_path / "run"), cache)
+    values["launch"]["min_workers"] = 1
+    with caplog.at_level(logging.INFO):
+        train(parse_config(values, where="test"), True)
+    found = re.search(r"take (\S+) GiB a rank \(ZeRO 2, 2 ranks, (\S+) on 1 of launch.min_workers\)", caplog.text)
+    assert found is not None and float(found[2]) > float(found[1])
+
+
 def test_a_dry_run_asks_whether_the_workers_fit(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     values = small_values(str(tmp_path / "run"), cache)
