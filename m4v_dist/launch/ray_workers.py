@@ -25,7 +25,7 @@ from typing import Any
 from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import PreemptedError, RetriesExhaustedError
 from m4v_dist.launch.ray_session import describe_resources
-from m4v_dist.launch.supervisor import Supervisor, time_limit
+from m4v_dist.launch.supervisor import Supervisor, process_started, time_limit
 from m4v_dist.launch.verdict import MAX_FRUITLESS_RESTARTS, Failure, Verdict, as_job_error, no_progress
 from m4v_dist.stop_request import StopRequest
 
@@ -78,7 +78,7 @@ def run_workers(
 
     from m4v_dist.launch.controller_watch import ControllerWatch
 
-    limit = time_limit(settings, time.time())
+    limit = time_limit(settings, process_started(), time.time())
     for variable, value in _controller_environment(settings).items():
         os.environ.setdefault(variable, value)
     most = settings.num_workers

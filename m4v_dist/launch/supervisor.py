@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from m4v_dist.config.training_settings import LaunchSettings
@@ -28,12 +29,19 @@ class _SecondSignal(BaseException):
     """Raised where the main thread stands; whoever sends it wants no more waiting, for Ray's answers neither."""
 
 
-def time_limit(settings: LaunchSettings, started: float) -> StopRequest | None:
+def process_started() -> float:
+    """UNIX time at which this process was started: its imports take seconds of a time limit too."""
+    # Field 22, counted behind the program's name, which may hold blanks: clock ticks from boot to start.
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def time_limit(settings: LaunchSettings, started: float, now: float) -> StopRequest | None:
     """The request that a time limit is, from the start on; None without one.
 
     Args:
         settings: launch.time_limit_s or launch.stop_at.
-        started: UNIX time of the driver's start.
+        started, now: UNIX times.
 
     Raises:
         ConfigError: that time is over already, or within launch.stop_margin_s.
@@ -44,7 +52,7 @@ def time_limit(settings: LaunchSettings, started: float) -> StopRequest | None:
         limit, deadline = f"launch.stop_at={settings.stop_at:.0f}", settings.stop_at
     else:
         return None
-    left_s = deadline - started
+    left_s = deadline - now
     if left_s <= settings.stop_margin_s:
         raise ConfigError(
             f"{limit} leaves {left_s:.0f} s from now, of which launch.stop_margin_s={settings.stop_margin_s:g} stay "

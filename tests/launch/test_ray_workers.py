@@ -110,8 +110,8 @@ def test_sigterm_to_the_driver_lets_the_workers_save_and_end_once(tmp_path: Path
 
 
 def test_a_time_limit_reaches_the_workers_with_its_deadline(tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"time_limit_s": 900.0})
-    with pytest.raises(PreemptedError, match=r"saved, asked by the time limit \(launch.time_limit_s=900\)"):
+    settings = SETTINGS.model_copy(update={"time_limit_s": 86400.0})
+    with pytest.raises(PreemptedError, match=r"saved, asked by the time limit \(launch.time_limit_s=86400\)"):
         _run(_until_asked_to_stop, tmp_path, settings, "limit")
 
 

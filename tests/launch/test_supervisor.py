@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -110,16 +112,23 @@ def test_beside_the_main_thread_it_runs_without_signals() -> None:
 
 
 def test_a_time_limit_counts_from_the_start_and_a_moment_stands_for_itself() -> None:
-    assert time_limit(SETTINGS, 1000.0) is None
-    limit = time_limit(LaunchSettings(time_limit_s=3600), 1000.0)
+    assert time_limit(SETTINGS, 1000.0, 1007.0) is None
+    limit = time_limit(LaunchSettings(time_limit_s=3600), 1000.0, 1007.0)
     assert limit == StopRequest("the time limit (launch.time_limit_s=3600)", 4600.0, is_urgent=False)
-    at = time_limit(LaunchSettings(stop_at=1700000000), 1699990000.0)
+    at = time_limit(LaunchSettings(stop_at=1700000000), 1000.0, 1699990000.0)
     assert at is not None and at.deadline == 1700000000
+
+
+def test_a_process_knows_when_it_was_started() -> None:
+    code = "import time; from m4v_dist.launch.supervisor import process_started; print(time.time() - process_started())"
+    before = time.time()
+    age_s = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    assert 0.05 < age_s <= time.time() - before + 0.1
 
 
 def test_a_limit_that_is_over_is_refused_with_the_seconds() -> None:
     with pytest.raises(ConfigError, match=r"launch.stop_at=1000 leaves 20 s from now, .*stop_margin_s=30.*later time"):
-        time_limit(LaunchSettings(stop_at=1000), 980.0)
+        time_limit(LaunchSettings(stop_at=1000), 900.0, 980.0)
 
 
 def test_the_deadline_of_a_signal_is_what_is_known_of_it() -> None:
