@@ -24,7 +24,7 @@ class Sums:
         means: the objective's metrics, sum / count; those without a count are absent.
         tokens: of all packed segments.
         bad_records: damaged records that the ranks met, summed.
-        wants_stop: whether any rank (rank 0 is the one that asks) was told to stop.
+        order: what rank 0 orders for the end of the step (`stopping.Order`).
         has_failed_save: whether any rank's part of a save went wrong.
     """
 
@@ -32,7 +32,7 @@ class Sums:
     means: dict[str, float]
     tokens: int
     bad_records: int
-    wants_stop: bool
+    order: int
     has_failed_save: bool
 
 
@@ -78,15 +78,13 @@ class Tally:
             self._metrics.setdefault(name, []).append(value.detach())
         self._tokens += sum(slot.num_tokens for slot, weight in zip(batch.slots, batch.weights, strict=True) if weight)
 
-    def summed(
-        self, mesh: Mesh, *, bad_records: int = 0, wants_stop: bool = False, has_failed_save: bool = False
-    ) -> Sums:
+    def summed(self, mesh: Mesh, *, bad_records: int = 0, order: int = 0, has_failed_save: bool = False) -> Sums:
         """Sum over ranks (collective).
 
         Args:
             mesh: rank facts.
             bad_records: this rank's count.
-            wants_stop: whether this rank was told to stop; it travels with the numbers that every step sums anyway.
+            order: rank 0's, and 0 on the others; it travels with the numbers that every step sums anyway.
             has_failed_save: whether this rank's part of a save went wrong; the same.
         """
         losses = torch.stack([value.double() for value in self._losses]).sum().reshape(1).cpu()
@@ -97,10 +95,10 @@ class Tally:
             # Not zeros: a loss that is not finite on any rank must show.
             values = values * 0
         # Of any rank, whatever it counts.
-        flags = torch.tensor([wants_stop, has_failed_save]).double()
+        flags = torch.tensor([order, has_failed_save]).double()
         total = mesh.sum_over_ranks(torch.cat([values, flags])).tolist()
         pairs = total[1 : 1 + 2 * len(metrics)]
-        bad, tokens, stop, failed_saves = (int(value) for value in total[1 + 2 * len(metrics) :])
+        bad, tokens, order, failed_saves = (int(value) for value in total[1 + 2 * len(metrics) :])
         return Sums(
             loss=total[0],
             means={
@@ -108,6 +106,6 @@ class Tally:
             },
             tokens=tokens,
             bad_records=bad,
-            wants_stop=stop > 0,
+            order=order,
             has_failed_save=failed_saves > 0,
         )

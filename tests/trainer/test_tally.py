@@ -16,14 +16,14 @@ def sums_on_rank(case: str) -> Sums:
     loss = torch.tensor(math.inf if mesh.rank == 2 and case == "infinite" else 0.1)
     tally = Tally()
     tally.add(loss, {"loss_pyramid_stage_0": torch.tensor([0.4, 2.0])}, toy_batch(0, [0, 1], 2))
-    return tally.summed(mesh, bad_records=1, wants_stop=mesh.is_main)
+    return tally.summed(mesh, bad_records=1, order=2 if mesh.is_main else 0)
 
 
 def test_sequence_ranks_count_once() -> None:
     for sums in run_ranks(sums_on_rank, 3, "same"):
         assert sums.loss == float(torch.tensor(0.1))
         assert sums.means == {"loss_pyramid_stage_0": float(torch.tensor(0.4)) / 2}
-        assert (sums.tokens, sums.bad_records, sums.wants_stop) == (20, 1, True)
+        assert (sums.tokens, sums.bad_records, sums.order) == (20, 1, 2)
 
 
 def test_a_loss_that_is_not_finite_on_one_sequence_rank_shows() -> None:
