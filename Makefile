@@ -40,10 +40,10 @@ demo: $(READY)
 
 test: $(READY) lint
 	# Two processes, a file to one of them: most of the time of the ray tests is waiting for Ray to start.
-	$(PY) -m pytest -m "not gpu" --durations=15 -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -m "not gpu and not chaos" --durations=15 -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)
-	$(PY) -m pytest -m "not gpu and not slow and not ray"
+	$(PY) -m pytest -m "not gpu and not chaos and not slow and not ray"
 
 test-gpu: $(READY)
 	$(PY) -m pytest -m gpu

@@ -112,7 +112,7 @@ def ablation(config: RunConfig, dry_run: bool) -> str:
 def _train_row(config: RunConfig, row: str) -> AblationRun:
     # From the start, whatever an earlier benchmark left: the trainer would go on from it.
     shutil.rmtree(config.run.folder, ignore_errors=True)
-    train_on_rank({"config": config_to_json(config)}, lambda: False)
+    train_on_rank({"config": config_to_json(config)}, tuple)
     # The curves are the product; the weights of a few steps are not.
     storage.remove(config.checkpoint_folder)
     metrics, _ = read_rows(config.run.folder)

@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -37,6 +37,7 @@ from m4v_dist.model.build import build_model, build_on_meta, require_channels, r
 from m4v_dist.model.start_weights import check_start_weights
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
 from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.stop_request import StopRequest
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.curriculum import curriculum_stages
 from m4v_dist.trainer.failure_report import report_failure
@@ -61,7 +62,7 @@ def train(config: RunConfig, dry_run: bool) -> str:
         OutOfMemoryJobError: a worker ran out of memory.
         NonFiniteError: training diverged.
         SaveFailedError: checkpoints cannot be written.
-        PreemptedError: asked to stop, and saved.
+        PreemptedError: asked to stop, and saved if there was time for it.
     """
     config = with_absolute_paths(config)
     step = check_run_folder(config)
@@ -75,11 +76,12 @@ def train(config: RunConfig, dry_run: bool) -> str:
     holder, timeout_s = Holder.of_this_process(), config.trainer.lease_timeout_s
     cli.check_writable(config.checkpoint_folder, "trainer.checkpoint_folder")
     notes = storage.join(config.run.folder, "attempts", "ray")
-    # Left before the last line is printed: the workers' log comes first, the job's answer last.
+    # Left before the last line is printed: the workers' log comes first, the job's answer last. The lease is given back
+    # after Ray's workers are gone, since a driver that is told twice to stop leaves before them.
     with (
+        LeaseKeeper(config.checkpoint_folder, holder, timeout_s),
         ray_session(config.launch),
         TrainingProgress(config.run.folder, config.total_steps, step),
-        LeaseKeeper(config.checkpoint_folder, holder, timeout_s),
         ValidationSampling(
             sample_newest,
             {"config": config_to_json(config)},
@@ -142,12 +144,12 @@ def require_free_run(config: RunConfig) -> None:
     require_free(config.checkpoint_folder, Holder.of_this_process(), config.trainer.lease_timeout_s)
 
 
-def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Any]:
+def train_on_rank(task: dict[str, Any], stop_requests: Callable[[], Sequence[StopRequest]]) -> dict[str, Any]:
     """What one worker does: build cache, loader, model, objective and trainer, and run.
 
     Args:
         task: `config`, JSON; `holder`, the driver that keeps the run's lease, may be left out.
-        should_stop: see `Trainer`.
+        stop_requests: see `Trainer`.
     """
     config = config_from_json(task["config"])
     torch.set_num_threads(config.trainer.num_threads)
@@ -173,7 +175,7 @@ def train_on_rank(task: dict[str, Any], should_stop: Callable[[], bool]) -> dict
         fill_start=fill_start,
         objective=PyramidFlowMatching(config.objective, normalization.normalize, mesh.device),
         loader=build_loader(config, cache, mesh.data_rank, mesh.data_size),
-        should_stop=should_stop,
+        stop_requests=stop_requests,
         holder=task.get("holder"),
         batch_flops=flops_of_batches(config),
     )

@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-FLOOR_1 = {"errors", "retries", "batch", "object_store", "storage", "weights_file", "config"}
+FLOOR_1 = {"errors", "stop_request", "retries", "batch", "object_store", "storage", "weights_file", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "stop_request": set(),
     "batch": set(),
     "retries": set(),
     "object_store": {"retries", "errors"},
@@ -25,8 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objective": {"batch", "config", "errors"},
     "sampling": {"objective", "batch", "config", "errors"},
     "report": {"config", "storage", "errors"},
-    "trainer": {"parallel", "batch", "config", "storage", "retries", "errors"},
-    "launch": {"config", "storage", "errors"},
+    "trainer": {"parallel", "batch", "config", "storage", "retries", "errors", "stop_request"},
+    "launch": {"config", "storage", "errors", "stop_request"},
     "bench": {"model", "blocks", "objective", "sampling", "batch", "config", "storage", "errors"},
     "data_pipeline": {"frozen", "batch", "config", "storage", "errors"},
 }
@@ -49,6 +50,7 @@ DOORS: dict[str, set[str]] = {
         "m4v_dist/launch/ray_session.py",
         "m4v_dist/launch/ray_workers.py",
         "m4v_dist/launch/validation.py",
+        "m4v_dist/launch/controller_watch.py",
         "data_pipeline/pipeline.py",
     },
     "pyarrow": {"data_pipeline/manifest.py"},

@@ -237,21 +237,34 @@ def _flops_an_hour(config: RunConfig, gpu: Gpu) -> float:
     return gpu.bfloat16_tflops * 1e12 * config.launch.assumed_mfu * 3600
 
 
+def on_fewest(config: RunConfig, stage: PlannedStage) -> PlannedStage:
+    """The stage on the fewest ranks that an elastic run goes on with, where each holds most."""
+    fewest = config.launch.min_workers
+    return stage if fewest is None else replace(stage, num_ranks=fewest)
+
+
 def memory_table(config: RunConfig, stages: Sequence[PlannedStage], states_of: StatesOf) -> str:
     """Memory of a rank in each stage, and whether the named GPU has it."""
     gpu = None if config.launch.gpu is None else GPUS[config.launch.gpu]
-    rows = []
+    rows, is_elastic = [], config.launch.least_workers < config.launch.num_workers
     for stage in stages:
         columns = stage.longest()
         needed, tokens = memory(config, stage, columns, states_of), sum(map(_tokens, columns))
-        cells = [f"{size / GIB:.2f}" for size in (needed.states, needed.activations, needed.peak)]
+        kept, fewest = needed.kept_activations, on_fewest(config, stage)
+        sizes = [needed.states, needed.activations, needed.peak]
+        if is_elastic:
+            needed = memory(config, fewest, fewest.longest(), states_of)
+            sizes.append(needed.peak)
+        cells = [f"{size / GIB:.2f}" for size in sizes]
         if config.model.recompute != "none":
-            cells.insert(2, f"{needed.kept_activations / GIB:.2f}")
+            cells.insert(2, f"{kept / GIB:.2f}")
         verdict = [] if gpu is None else ["fits" if needed.peak <= gpu.usable_bytes else "does NOT fit"]
         rows.append([stage.name, f"{tokens:,}", *cells, *verdict])
     heads = ["GiB a rank", "longest micro-batch, tokens", "model states", "activations", "peak"]
     if config.model.recompute != "none":
         heads.insert(4, "(without recompute)")
+    if is_elastic:
+        heads.append(f"peak on launch.min_workers={config.launch.least_workers}")
     if gpu is not None:
         heads.append(f"{gpu.title}, {gpu.usable_bytes / GIB:.1f} GiB usable")
     note = (
@@ -293,15 +306,16 @@ def _largest_fitting(peaks: Mapping[int, int], gpu: Gpu) -> str:
 
 
 def require_memory(config: RunConfig, stages: Sequence[PlannedStage], states_of: StatesOf) -> None:
-    """Refuse a stage that the named GPU cannot hold.
+    """Refuse a stage that the named GPU cannot hold; an elastic run's on its fewest ranks.
 
     Raises:
         ConfigError: with the numbers, and what each way out would need.
     """
     if config.launch.gpu is None:
         return
-    gpu = GPUS[config.launch.gpu]
-    for stage in stages:
+    gpu, launch = GPUS[config.launch.gpu], config.launch
+    fewest = "" if launch.min_workers is None else f" on launch.min_workers={launch.min_workers}"
+    for stage in (on_fewest(config, stage) for stage in stages):
         columns = stage.longest()
         needed = memory(config, stage, columns, states_of)
         if needed.peak <= gpu.usable_bytes:
@@ -311,9 +325,10 @@ def require_memory(config: RunConfig, stages: Sequence[PlannedStage], states_of:
         lead = "Ways out" if enough else "Not enough, each by itself"
         listed = ", ".join(f"{way} ({peak / GIB:.1f} GiB)" for way, peak in enough or ways)
         raise ConfigError(
-            f"curriculum {stage.name!r}: a rank needs {needed.peak / GIB:.1f} GiB ({needed.states / GIB:.1f} of model "
-            f"states, {needed.activations / GIB:.1f} of activations), but {gpu.title} has {gpu.usable_bytes / GIB:.1f} "
-            f"GiB usable. {lead}: {listed}. Else another launch.gpu, or none, to try in spite of the estimate."
+            f"curriculum {stage.name!r}: a rank needs {needed.peak / GIB:.1f} GiB{fewest} ({needed.states / GIB:.1f} "
+            f"of model states, {needed.activations / GIB:.1f} of activations), but {gpu.title} has "
+            f"{gpu.usable_bytes / GIB:.1f} GiB usable. {lead}: {listed}. Else another launch.gpu, or none, "
+            "to try in spite of the estimate."
         )
 
 

@@ -167,11 +167,21 @@ class TrainerSettings(Settings):
 class LaunchSettings(Settings):
     """Ray Train: workers, resources, restarts."""
 
-    num_workers: PositiveInt = Field(default=1, description="Ranks: data-parallel times sequence-parallel.")
+    num_workers: PositiveInt = Field(
+        default=1, description="Ranks: data-parallel times sequence-parallel; of an elastic run the most."
+    )
     sequence_parallel: PositiveInt = Field(
         default=1,
         description="Ranks that share each micro-batch and cut its sequence, for what does not fit one GPU; divides "
         "num_workers, and model.num_heads where attention runs.",
+    )
+    min_workers: PositiveInt | None = Field(
+        default=None,
+        description="Elastic: after a lost node the run goes on with the ranks that still fit, down to this many, and "
+        "grows back later; None waits for num_workers. Not with sequence_parallel.",
+    )
+    resize_check_s: float = Field(
+        default=60.0, gt=0, le=3600, description="Seconds between looks for room to grow, in an elastic run."
     )
     use_gpu: bool = Field(default=False, description="One GPU and NCCL per worker; else CPU and gloo.")
     cpus_per_worker: float = Field(
@@ -207,6 +217,21 @@ class LaunchSettings(Settings):
         ge=-1,
         description="Restarts after a loss; -1 is no limit, but three in a row without a new checkpoint end the run.",
     )
+    time_limit_s: float | None = Field(
+        default=None, gt=0, description="Seconds after the driver's start at which the run must have saved and ended."
+    )
+    stop_at: float | None = Field(
+        default=None, gt=0, description="The same as UNIX time in seconds, such as Slurm's SLURM_JOB_END_TIME."
+    )
+    stop_grace_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds from SIGTERM to the kill; None takes RAY_JOB_STOP_WAIT_TIME_S in a submitted job, and "
+        "knows no deadline elsewhere.",
+    )
+    stop_margin_s: float = Field(
+        default=30.0, ge=0, le=3600, description="Seconds before a deadline that stay free for ending."
+    )
     wait_for_nodes: bool = Field(
         default=False, description="The cluster grows: wait for nodes that hold the workers; else that is exit 2."
     )
@@ -218,6 +243,27 @@ class LaunchSettings(Settings):
     def num_data_ranks(self) -> int:
         """Ranks, or groups of sequence ranks, that hold their own slots."""
         return self.num_workers // self.sequence_parallel
+
+    @property
+    def least_workers(self) -> int:
+        """Ranks that the run can do with."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @model_validator(mode="after")
+    def _can_be_kept(self) -> "LaunchSettings":
+        if self.least_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} is more than num_workers={self.num_workers}, the most that the run "
+                "takes"
+            )
+        if self.time_limit_s is not None and self.stop_at is not None:
+            raise ValueError("time_limit_s and stop_at are two ways to give one limit; give one of them")
+        if self.time_limit_s is not None and self.time_limit_s <= self.stop_margin_s:
+            raise ValueError(
+                f"time_limit_s={self.time_limit_s:g} leaves nothing to train in: stop_margin_s={self.stop_margin_s:g} "
+                "of it stay free for ending"
+            )
+        return self
 
 
 class LoggingSettings(Settings):

@@ -34,6 +34,7 @@ def validate(config: RunConfig) -> None:
             f"trainer.hpz_partition_size={hpz} needs trainer.zero_stage=3 and must divide launch.num_workers; they are "
             f"{config.trainer.zero_stage} and {workers}: use the number of GPUs in a node, or 1."
         )
+    _validate_elastic(config)
     if config.trainer.compile == "blocks" and config.model.recompute == "selective":
         raise ConfigError(
             'trainer.compile="blocks" hides the linears from model.recompute="selective", which would keep nothing of '
@@ -101,6 +102,22 @@ def _validate_sequence(config: RunConfig) -> None:
             f"launch.sequence_parallel={size} does not divide model.num_heads={model.num_heads}, and in attention each "
             f"sequence rank takes an equal share of the heads; use one of {_divisors(model.num_heads)}."
         )
+
+
+def _validate_elastic(config: RunConfig) -> None:
+    """Ray starts an elastic run on any number of ranks from the fewest to the most, multiples of nothing."""
+    launch = config.launch
+    groups = {
+        "launch.sequence_parallel": launch.sequence_parallel,
+        "trainer.hpz_partition_size": config.trainer.hpz_partition_size,
+    }
+    for name, size in groups.items():
+        if launch.min_workers is not None and size > 1:
+            raise ConfigError(
+                f"launch.min_workers={launch.min_workers} does not go with {name}={size}: a node that is lost may "
+                f"leave any number of ranks, and groups of {size} need a multiple; leave out launch.min_workers, or "
+                f"set {name}=1."
+            )
 
 
 def _divisors(number: int) -> str:

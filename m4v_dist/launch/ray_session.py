@@ -31,10 +31,10 @@ def require_resources(settings: LaunchSettings, *, num_gpus: int, num_cpus: int)
         ConfigError: no GPU for a worker, or a worker that wants more CPUs than there are.
     """
     where = "on this machine; join a cluster by launch.address"
-    if settings.use_gpu and num_gpus < settings.num_workers:
+    if settings.use_gpu and num_gpus < settings.least_workers:
         fewer = f", or launch.num_workers={num_gpus}" if num_gpus else ""
         raise ConfigError(
-            f"launch.use_gpu=true needs {settings.num_workers} GPUs, one a worker, but there are {num_gpus} {where}, "
+            f"launch.use_gpu=true needs {settings.least_workers} GPUs, one a worker, but there are {num_gpus} {where}, "
             f"or set launch.use_gpu=false{fewer}."
         )
     if settings.cpus_per_worker > num_cpus:
@@ -45,7 +45,9 @@ def require_resources(settings: LaunchSettings, *, num_gpus: int, num_cpus: int)
 
 
 def require_room(settings: LaunchSettings, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Check that the nodes that are up could hold all workers if they were idle: else Ray would wait for ever.
+    """Check that the nodes that are up could hold the workers if they were idle: else Ray would wait for ever.
+
+    Of an elastic run the fewest count.
 
     Whether a cluster grows cannot be seen from inside, so the user says it: `launch.wait_for_nodes`.
 
@@ -58,16 +60,17 @@ def require_room(settings: LaunchSettings, nodes: Sequence[Mapping[str, float]])
     """
     wanted = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.use_gpu else {})
     fitting = sum(int(min(node.get(name, 0.0) // amount for name, amount in wanted.items())) for node in nodes)
-    if fitting >= settings.num_workers:
+    if fitting >= settings.least_workers:
         return
     each = " and ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    name = "num_workers" if settings.min_workers is None else "min_workers"
     message = (
-        f"launch.num_workers={settings.num_workers} of {each} each, but the {len(nodes)} nodes of the cluster that are "
-        f"up hold {fitting} ({'; '.join(describe_resources(node) for node in nodes[:8])})"
+        f"launch.{name}={settings.least_workers} of {each} each, but the {len(nodes)} nodes of the cluster that are up "
+        f"hold {fitting} ({'; '.join(describe_resources(node) for node in nodes[:8])})"
     )
     if not settings.wait_for_nodes:
         raise ConfigError(
-            f"{message}; set launch.num_workers or launch.cpus_per_worker lower, or launch.wait_for_nodes=true if the "
+            f"{message}; set launch.{name} or launch.cpus_per_worker lower, or launch.wait_for_nodes=true if the "
             "cluster grows."
         )
     logger.warning("%s; waiting for it to grow", message)

@@ -1,38 +1,42 @@
 """Run one function on N workers of Ray Train, restart them after a loss, and bring the right error back.
 
-Knows nothing of what the function does. Four things that Ray Train leaves open are settled here:
+Knows nothing of what the function does. Five things that Ray Train leaves open are settled here:
 - What ends a run and what restarts it, see `Verdict`: the rank that meets an error tells it, and the restarted workers
   of a run that has ended return before they do anything.
 - Errors cross processes: Ray gives back its own wrapper. The Verdict keeps the first error of each attempt, and
   `run_workers` raises a JobError as itself, so that the exit code survives.
-- SIGTERM to the driver becomes the workers' wish to stop.
+- SIGTERM and SIGINT to the driver, a time limit and a node that goes become requests to the workers (`Supervisor`,
+  `ControllerWatch`); the driver lives until they have saved.
+- An elastic run (launch.min_workers) goes on with fewer ranks when a node is lost, and saves before it grows back. A
+  node that is lost without notice counts as a failure against `launch.max_failures`, as for Ray; one that was
+  announced, a resize, and a start that found too little room do not.
 - The same name and storage path would silently resume Ray's own state; each call takes a fresh name. What is resumed
   is the function's business (the trainer looks for the newest committed checkpoint).
 """
 
 import logging
 import os
-import signal
 import socket
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import JobError, PreemptedError, RetriesExhaustedError, RunInUseError
 from m4v_dist.launch.ray_session import describe_resources
+from m4v_dist.launch.supervisor import Supervisor, process_started, time_limit
 from m4v_dist.launch.verdict import MAX_FRUITLESS_RESTARTS, Failure, Verdict, as_job_error, no_progress
+from m4v_dist.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
 
-WorkerFunction = Callable[[dict[str, Any], Callable[[], bool]], Any]
-"""Runs on every worker: (its config, "was the run asked to stop?") -> answer; rank 0's is returned to the driver."""
+WorkerFunction = Callable[[dict[str, Any], Callable[[], Sequence[StopRequest]]], Any]
+"""Runs on every worker: (its config, "what requests to stop stand?") -> answer; rank 0's is returned to the driver."""
 
 Progress = Callable[[dict[str, Any]], Any]
-"""Asked on rank 0 before each attempt, with the function's config: a value that changes when work was committed."""
+"""A value that changes when work was committed and names it, None while there is none: asked with the function's
+config on rank 0 before each attempt, by Ray's controller before a resize, and by the driver for its last words."""
 
 
 FailureReport = Callable[[dict[str, Any], list[int]], str | None]
@@ -51,7 +55,8 @@ def run_workers(
     failure_report: FailureReport = lambda _config, _silent: None,
     max_fruitless_restarts: int = MAX_FRUITLESS_RESTARTS,
 ) -> Any:
-    """Run `function` on `settings.num_workers` ranks of one process group and return rank 0's answer.
+    """Run `function` on `settings.num_workers` ranks of one process group (or fewer, see `launch.min_workers`) and
+    return rank 0's answer.
 
     Ray must be up. A lost worker, or an error that is no JobError, restarts all of them, up to
     `settings.max_failures` times, and not again and again without progress.
@@ -68,16 +73,26 @@ def run_workers(
 
     Raises:
         JobError: as a worker raised it, without a retry.
+        ConfigError: a time limit that is over already.
+        PreemptedError: asked to stop; the message says whether it was saved, or what stands.
         RetriesExhaustedError: failures passed a ceiling; the message holds the root cause.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    import ray.train
+    from ray.train import TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Read by Ray Train's controller; its default of 2 s is most of a small run's restart.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    logger.info("%s for %d workers", describe_resources(ray.cluster_resources()), settings.num_workers)
+    from m4v_dist.launch.controller_watch import ControllerWatch
+
+    limit = time_limit(settings, process_started(), time.time())
+    for variable, value in _controller_environment(settings).items():
+        os.environ.setdefault(variable, value)
+    most = settings.num_workers
+    least = "" if settings.min_workers is None else f"{settings.min_workers} to "
+    logger.info("%s for %s%d workers", describe_resources(ray.cluster_resources()), least, most)
+    # Ray Train v2 stands behind the names that its stubs give v1's classes.
+    v2: Any = ray.train
     # On the driver's own node: what it knows must not be lost with a worker's node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(num_cpus=0)(Verdict)
@@ -91,22 +106,36 @@ def run_workers(
             "verdict": verdict,
         },
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=settings.num_workers,
+        scaling_config=v2.ScalingConfig(
+            # A pair is elastic, also where both are the same.
+            num_workers=most if settings.min_workers is None else (settings.min_workers, most),
+            elastic_resize_monitor_interval_s=settings.resize_check_s,
             use_gpu=settings.use_gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {}),
         ),
-        # Ray Train v2 stands behind the name that its stubs give v1's class.
-        run_config=RunConfig(  # type: ignore[call-arg]
+        run_config=v2.RunConfig(
             name=f"{name}-{time.time_ns()}",
             storage_path=storage_path if "://" in storage_path else os.path.abspath(storage_path),
-            failure_config=FailureConfig(max_failures=settings.max_failures),
+            # Announced losses are the world's: they have no ceiling but that of restarts without progress.
+            failure_config=v2.FailureConfig(max_failures=settings.max_failures, max_preemption_failures=-1),
+            callbacks=[ControllerWatch(verdict, progress, function_config)],
             worker_runtime_env={"env_vars": _environment(settings)},
         ),
     )
+
+    def what_stands() -> str:
+        newest = progress(dict(function_config))
+        return "nothing was saved yet" if newest is None else f"{newest} stands"
+
+    supervisor = Supervisor(
+        settings,
+        ask=lambda request: ray.get(verdict.ask.remote(request)),
+        is_waiting=lambda: bool(ray.get(verdict.is_waiting.remote())),
+        what_stands=what_stands,
+        limit=limit,
+    )
     try:
-        with _sigterm_asks_to_stop(lambda: ray.get(verdict.stop.remote())):
-            result = trainer.fit()
+        result = supervisor.run(trainer.fit)
     except TrainingFailedError as error:
         fatal, failures = ray.get(verdict.fatal.remote()), ray.get(verdict.failures.remote())
         told = None
@@ -123,7 +152,18 @@ def run_workers(
     if ray.get(verdict.has_given_up.remote()):
         cause = no_progress(ray.get(verdict.failures.remote()), max_fruitless_restarts)
         raise RetriesExhaustedError(_with_report(cause, failure_report(dict(function_config), [])))
-    return result.return_value  # type: ignore[attr-defined]
+    return result.return_value
+
+
+def _controller_environment(settings: LaunchSettings) -> dict[str, str]:
+    """Variables that Ray Train's controller reads; what the user has set wins."""
+    # The default of 2 s is most of a small run's restart.
+    variables = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    if settings.min_workers is not None:
+        # After a lost node Ray may ask for as many workers as before, by a view of the cluster that is up to 20 s old;
+        # by default it then waits a minute for the room before it takes what there is.
+        variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
+    return variables
 
 
 def _environment(settings: LaunchSettings) -> dict[str, str]:
@@ -151,11 +191,12 @@ def _run_one_rank(task: dict[str, Any]) -> Any:
     if attempt is None:
         return None
 
-    def should_stop() -> bool:
-        return bool(ray.get(verdict.should_stop.remote()))
+    def stop_requests() -> Sequence[StopRequest]:
+        requests: Sequence[StopRequest] = ray.get(verdict.stop_requests.remote())
+        return requests
 
     try:
-        return task["function"](task["config"], should_stop)
+        return task["function"](task["config"], stop_requests)
     except BaseException as error:
         # Told before it is raised: Ray ends the other ranks at once, and their broken connections would hide the cause.
         where = f"{socket.gethostname()}, process {os.getpid()}"
@@ -209,22 +250,3 @@ def _is_ours(fatal: JobError | None) -> bool:
 
 def _with_report(cause: str, told: str | None) -> str:
     return cause if told is None else f"{cause} {told}"
-
-
-@contextmanager
-def _sigterm_asks_to_stop(stop: Callable[[], None]) -> Iterator[None]:
-    """While inside, SIGTERM calls `stop` in a thread of its own instead of ending the process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, _: object) -> None:
-        logger.warning("signal %d: asking the workers to save and end.", number)
-        # Ray's calls are not made for signal handlers.
-        threading.Thread(target=stop, daemon=True).start()
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m4v_dist.errors import JobError, OutOfMemoryJobError, StoreError
+from m4v_dist.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Failure:
 
 
 class Verdict:
-    """A Ray actor beside the workers: collects their errors, and carries the wish to stop to them."""
+    """A Ray actor beside the workers: collects their errors, and carries requests to stop to them."""
 
     def __init__(self, max_fruitless_restarts: int = MAX_FRUITLESS_RESTARTS) -> None:
         self._max_fruitless = max_fruitless_restarts
@@ -51,7 +52,8 @@ class Verdict:
         self._progress: Any = None
         self._fruitless = 0
         self._failures: list[Failure] = []
-        self._should_stop = False
+        self._requests: dict[str, StopRequest] = {}
+        self._state = "InitializingState"
 
     def begin(self, progress: Any) -> int | None:
         """A worker group starts: its number, from 1; None if the run has ended and nothing is to be done.
@@ -63,6 +65,8 @@ class Verdict:
         self._fruitless = self._fruitless + 1 if is_fruitless else 0
         self._progress = progress
         self._attempt += 1
+        # What does not end the run was about the workers before these, or their nodes.
+        self._requests = {why: request for why, request in self._requests.items() if request.ends}
         return None if self.fatal() is not None or self.has_given_up() else self._attempt
 
     def has_given_up(self) -> bool:
@@ -81,13 +85,25 @@ class Verdict:
         """All that was noted."""
         return self._failures
 
-    def stop(self) -> None:
-        """Ask the function to save and end."""
-        self._should_stop = True
+    def ask(self, request: StopRequest) -> None:
+        """Ask the function to save, and perhaps to end; the same reason again takes the place of the one before."""
+        self._requests[request.why] = request
 
-    def should_stop(self) -> bool:
-        """Whether the driver asked to stop."""
-        return self._should_stop
+    def stop_requests(self) -> tuple[StopRequest, ...]:
+        """All that stand."""
+        return tuple(self._requests.values())
+
+    def note_state(self, state: str) -> None:
+        """Note the state of Ray Train's controller, by the name of its class."""
+        self._state = state
+
+    def is_waiting(self) -> bool:
+        """Whether no worker is up, so that nobody hears a request."""
+        return self._state in ("InitializingState", "SchedulingState", "ReschedulingState", "RestartingState")
+
+    def is_attempt_whole(self) -> bool:
+        """Whether no rank of the newest attempt has told an error."""
+        return all(failure.attempt != self._attempt for failure in self._failures)
 
 
 def as_job_error(error: BaseException, rank: int) -> JobError | None:

@@ -90,6 +90,11 @@ class CheckpointSaver:
         """Whether this rank's part of the save in flight went wrong, so that `settle` has something to say."""
         return self._error is not None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
     def begin(
         self,
         step: int,
@@ -164,6 +169,7 @@ class CheckpointSaver:
             self._thread.join(grace_s)
             if self._thread.is_alive():
                 logger.warning("a save was still being written when the attempt broke off.")
+            self._thread = None
 
     # ---- in the thread
 

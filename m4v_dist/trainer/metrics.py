@@ -172,11 +172,13 @@ class Broken:
         lost_steps: steps done after that commit, up to the last one that has a row; with logging.every_steps = n up
             to n - 1 more were done.
         last_time: of its last row, in seconds since the epoch.
+        world_size: its ranks; None if it broke off before a curriculum stage began.
     """
 
     lost_s: float
     lost_steps: int
     last_time: float
+    world_size: int | None = None
 
 
 def broken_attempt(rows: list[dict[str, Any]], resume_step: int) -> Broken | None:
@@ -196,7 +198,9 @@ def broken_attempt(rows: list[dict[str, Any]], resume_step: int) -> Broken | Non
     stood += [row.get("snapshot_time", row["time"]) for row in commits]
     since = max(stood, default=mine[0]["time"])
     done = max((row["step"] + 1 for row in mine if row["kind"] == "train"), default=resume_step)
-    return Broken(max(0.0, mine[-1]["time"] - since), max(0, done - resume_step), mine[-1]["time"])
+    sizes = [row.get("world_size") for row in mine if row["kind"] == "stage"]
+    lost_s, last_time = max(0.0, mine[-1]["time"] - since), mine[-1]["time"]
+    return Broken(lost_s, max(0, done - resume_step), last_time, sizes[-1] if sizes else None)
 
 
 def _start_wandb(folder: str, settings: LoggingSettings, config: RunConfig) -> Any:

@@ -51,16 +51,17 @@ class Record:
             restart_s = max(build_s, time.time() - broken.last_time)
             self.ledger.restart_s += restart_s
             self.ledger.lost_s += broken.lost_s
-            lost = {"lost_steps": broken.lost_steps, "lost_s": broken.lost_s}
-            row = {"resumed_from": resumed_from, "timing/restart_s": restart_s, "timing/build_s": build_s, **lost}
+            row = {"resumed_from": resumed_from, "timing/restart_s": restart_s, "timing/build_s": build_s}
+            row |= {"lost_steps": broken.lost_steps, "lost_s": broken.lost_s}
+            row |= {"world_size": self._mesh.world_size, "world_size_before": broken.world_size}
             self.write("restart", step, row)
         # Now, so that an attempt that dies before its first commit still counts.
         self._write_ledger()
 
     def step(
         self, step: int, sums: Sums, loader: Loader, facts: Mapping[str, Any], *, norm: float | None, data_s: float
-    ) -> None:
-        """Count the time of a step, and write its row if it is due.
+    ) -> float:
+        """Count the time of a step, write its row if it is due, and return its seconds.
 
         Args:
             step: its 0-based number.
@@ -81,6 +82,7 @@ class Record:
             row |= {f"data/{name}/samples_seen": loader.samples_seen.get(name, 0) for name in self._sources}
             row |= {f"data/{name}/tokens_seen": loader.tokens_seen.get(name, 0) for name in self._sources}
             self.write("train", step, {**facts, **row})
+        return step_s
 
     def skipped_step(self, step: int, tally: Tally, *, loss: float) -> None:
         """Name the records of a step that was skipped (collective).
@@ -94,14 +96,15 @@ class Record:
         if self._mesh.is_main:
             self.write("skipped", step, skipped_row(slots, step=step, loss=loss))
 
-    def held_out(self, step: int, sums: Sums) -> None:
-        """Count the time of a held-out loss, and write it down."""
+    def held_out(self, step: int, sums: Sums) -> float:
+        """Count the time of a held-out loss, write it down, and return its seconds."""
         elapsed = self._clock.lap()
         self.ledger.validation_s += elapsed
         row = {"validation/held_out_loss": sums.loss, "timing/validation_s": elapsed}
         row |= {f"validation/held_out_{name}": value for name, value in sums.means.items()}
         self.write("held_out", step, row)
         self.log("held-out loss at step %d: %.6f", step, sums.loss)
+        return elapsed
 
     def lap_other(self) -> None:
         """Count the time since the last lap as the rest."""

@@ -1,5 +1,7 @@
 """A run's state as a checkpoint holds it, and back: engine and average as tensors, the counts as JSON."""
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m4v_dist.errors import DamagedCheckpointError
@@ -14,6 +16,15 @@ from m4v_dist.trainer.ranges import Ranges, to_ranges
 from m4v_dist.trainer.seams import Loader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def checkpoint_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Size of a whole checkpoint, in bytes: float32 weights, their average and both moments.
+
+    Args:
+        shapes: of all parameters; frozen ones have no moments, which is not looked at.
+    """
+    return 4 * (2 + len(MOMENTS)) * sum(math.prod(shape) for shape in shapes.values())
 
 
 def checkpoint_tensors(engine: ZeroEngine, ema: Ema, *, to_load: bool) -> dict[str, Ranges]:

@@ -38,15 +38,26 @@ class Saving:
         mesh: rank facts.
         attempt: what this attempt began with; its ledger is counted in.
         clock: the loop's; every call laps it.
+        note_duration: told on rank 0, of each commit, the seconds from the begin of its snapshot.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, attempt: Attempt, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        attempt: Attempt,
+        clock: Clock,
+        *,
+        note_duration: Callable[[float], None] = lambda _: None,
+    ) -> None:
         self.saved = attempt.saved
         self._config, self._mesh, self._clock = config, mesh, clock
+        self._note_duration = note_duration
         self._ledger, self._metrics = attempt.ledger, attempt.metrics
         self._folder = config.checkpoint_folder
         self._failed_in_a_row = 0
         self._snapshot_time = 0.0
+        self._snapshot_s = 0.0
         self._stall_s = 0.0
 
         def may_commit() -> None:
@@ -59,6 +70,11 @@ class Saving:
     def has_failed(self) -> bool:
         """Whether this rank's part of the save in flight went wrong: then all ranks must `settle`."""
         return self._saver.has_failed
+
+    @property
+    def saving_since(self) -> float | None:
+        """UNIX time at which the save that this rank still writes began; None: there is none."""
+        return self._snapshot_time if self._saver.is_writing else None
 
     def save(
         self,
@@ -86,8 +102,8 @@ class Saving:
             ledger = replace(self._ledger)
             self._snapshot_time, self._stall_s = time.time(), 0.0
             self._saver.begin(step, tensors(), state(), partial(self._write_ledger, ledger))
-            stall_s = self._lap()
-            ledger.checkpoint_s += stall_s
+            self._snapshot_s = self._lap()
+            ledger.checkpoint_s += self._snapshot_s
             is_settled = self.settle(step) if must_stand else True
 
     def settle(self, step: int) -> bool:
@@ -124,6 +140,7 @@ class Saving:
         report = self._saver.take_report()
         if report is None:
             return
+        self._note_duration(self._snapshot_s + report.write_s)
         row: dict[str, Any] = {
             "checkpoint": checkpoint.folder_name(report.step),
             "snapshot_time": self._snapshot_time,
@@ -167,6 +184,13 @@ class Saving:
             checkpoint.condemn(damaged, str(error))
             self._count_lost(damaged, step, str(error))
         return step
+
+    def give_up(self) -> str | None:
+        """End a save in flight, one way or the other, and begin no other (collective); the checkpoint that stands."""
+        self.close()
+        newest = checkpoint.newest_committed(self._folder) if self._mesh.is_main else None
+        stands: str | None = self._mesh.from_main(newest)
+        return stands
 
     def close(self) -> None:
         """For an attempt that breaks off: end a save in flight, one way or the other."""

@@ -26,7 +26,7 @@ class Sums:
         means: the objective's metrics, sum / count; those without a count are absent.
         tokens: of all packed segments.
         bad_records: damaged records that the ranks met, summed.
-        wants_stop: whether any rank (rank 0 is the one that asks) was told to stop.
+        order: what rank 0 orders for the end of the step (`stopping.Order`).
         has_failed_save: whether any rank's part of a save went wrong.
         ranks: what each rank measured of the step; empty where nobody did.
     """
@@ -35,7 +35,7 @@ class Sums:
     means: dict[str, float]
     tokens: int
     bad_records: int
-    wants_stop: bool
+    order: int
     has_failed_save: bool
     ranks: tuple[Measured, ...] = ()
 
@@ -97,7 +97,7 @@ class Tally:
         mesh: Mesh,
         *,
         bad_records: int = 0,
-        wants_stop: bool = False,
+        order: int = 0,
         has_failed_save: bool = False,
         measured: Measured | None = None,
     ) -> Sums:
@@ -106,7 +106,7 @@ class Tally:
         Args:
             mesh: rank facts.
             bad_records: this rank's count.
-            wants_stop: whether this rank was told to stop; it travels with the numbers that every step sums anyway.
+            order: rank 0's, and 0 on the others; it travels with the numbers that every step sums anyway.
             has_failed_save: whether this rank's part of a save went wrong; the same.
             measured: of this rank; every rank gives one, or none does.
         """
@@ -118,11 +118,11 @@ class Tally:
             # Not zeros: a loss that is not finite on any rank must show.
             values = values * 0
         # Of any rank, whatever it counts; and of each rank its own.
-        flags = torch.tensor([wants_stop, has_failed_save]).double()
+        flags = torch.tensor([order, has_failed_save]).double()
         placed = [] if measured is None else [measured.placed(mesh.rank, mesh.world_size)]
         total = mesh.sum_over_ranks(torch.cat([values, flags, *placed])).tolist()
         pairs, rest = total[1 : 1 + 2 * len(metrics)], total[1 + 2 * len(metrics) :]
-        bad, tokens, stop, failed_saves = (int(value) for value in rest[:4])
+        bad, tokens, order, failed_saves = (int(value) for value in rest[:4])
         return Sums(
             loss=total[0],
             means={
@@ -130,7 +130,7 @@ class Tally:
             },
             tokens=tokens,
             bad_records=bad,
-            wants_stop=stop > 0,
+            order=order,
             has_failed_save=failed_saves > 0,
             ranks=Measured.of_sum(rest[4:]),
         )

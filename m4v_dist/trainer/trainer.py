@@ -2,7 +2,7 @@
 
 It is given model, objective and loader, and imports none of them. One step is: this rank's micro-batches through the
 objective, one reduction of gradients, one sum over ranks of all numbers (loss, loss per pyramid stage, tokens, and
-whether rank 0 was asked to stop), then, only if that loss is finite, the optimizer. So every rank decides the same from
+rank 0's order to save or end), then, only if that loss is finite, the optimizer. So every rank decides the same from
 the same bits. What was seen of the data is the loader's to count, and part of its state.
 
 A resume, a restart after a lost worker and the boundary of a curriculum stage are one path: build model and engine,
@@ -10,7 +10,7 @@ load the newest committed checkpoint, go on at its step. One that is damaged is 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from torch import nn
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import DamagedCheckpointError, PreemptedError
 from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.stop_request import StopRequest
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.attempt import Attempt, begin_attempt
 from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at
@@ -35,9 +36,10 @@ from m4v_dist.trainer.ranges import Ranges
 from m4v_dist.trainer.rank_watch import RankWatch
 from m4v_dist.trainer.record import Record
 from m4v_dist.trainer.replicas import ReplicasDifferError, require_equal_replicas
-from m4v_dist.trainer.run_state import checkpoint_tensors, counts_to_json, load_run
+from m4v_dist.trainer.run_state import checkpoint_bytes, checkpoint_tensors, counts_to_json, load_run
 from m4v_dist.trainer.saving import Saving
 from m4v_dist.trainer.seams import BatchFlops, BuildModel, Loader, Objective, Place, StepBatch
+from m4v_dist.trainer.stopping import Order, Stopping
 from m4v_dist.trainer.tally import Tally
 
 
@@ -66,7 +68,7 @@ class Trainer:
         fill_start: fills, part by part and in place, a model that no checkpoint will fill; a resume never asks.
         objective: called with the engine's model and a micro-batch.
         loader: this rank's.
-        should_stop: asked on rank 0 in each step; True saves after that step and ends with PreemptedError.
+        stop_requests: asked on rank 0 in each step; see `Stopping` for what each leads to.
         holder: the driver that this attempt belongs to and that keeps the run's lease; None: this process, for itself.
         batch_flops: counts a micro-batch, for MFU; without it there is none.
     """
@@ -80,12 +82,12 @@ class Trainer:
         objective: Objective,
         loader: Loader,
         fill_start: Place = lambda _name, _part: None,
-        should_stop: Callable[[], bool] = lambda: False,
+        stop_requests: Callable[[], Sequence[StopRequest]] = lambda: (),
         holder: Holder | None = None,
         batch_flops: BatchFlops = lambda _batch, _freeze: (0.0, 0.0),
     ) -> None:
         self.config, self.mesh, self.objective, self.loader = config, mesh, objective, loader
-        self.build_model, self.fill_start, self.should_stop = build_model, fill_start, should_stop
+        self.build_model, self.fill_start, self.stop_requests = build_model, fill_start, stop_requests
         self.meter = StepMeter(mesh.device, batch_flops, sequence_size=mesh.sequence.size)
         self.holder = holder
         self.profile = ProfileWindow(config.trainer.profile, config.run.folder, mesh)
@@ -93,7 +95,9 @@ class Trainer:
         self.skipped = SkippedSteps(config.trainer.max_skipped_steps)
         self.clock = Clock()
         self.held_out_loss: float | None = None
-        self.wants_stop = False
+        self.stopping = Stopping(margin_s=config.launch.stop_margin_s)
+        self.order = Order.GO_ON
+        self.validation_s = 0.0
         self.record: Record
         self.saving: Saving
         self.watch: RankWatch
@@ -104,7 +108,7 @@ class Trainer:
         """Train to the end of the curriculum, from wherever the run folder stands (collective).
 
         Raises:
-            PreemptedError: asked to stop; the state is saved.
+            PreemptedError: asked to stop; the state is saved, if there was time for it.
             NonFiniteError: too many steps in a row were not finite.
             SaveFailedError: too many saves in a row failed.
             RunInUseError: another driver holds the run, or took it over.
@@ -123,7 +127,7 @@ class Trainer:
 
     def _run(self, attempt: Attempt) -> TrainResult:
         self.record = Record(self.config, self.mesh, attempt, self.clock)
-        self.saving = Saving(self.config, self.mesh, attempt, self.clock)
+        self.saving = Saving(self.config, self.mesh, attempt, self.clock, note_duration=self.stopping.saved)
         self.step = 0 if attempt.saved is None else checkpoint.step_of(attempt.saved)
         is_ended_as_asked = False
         self.watch = RankWatch(self.config.trainer, self.mesh, self.config.run.folder, attempt.number)
@@ -134,7 +138,8 @@ class Trainer:
                 self._train(attempt.broken)
             is_ended_as_asked = True
         except PreemptedError:
-            is_ended_as_asked = True
+            # Ended without a save it is one that broke off: its steps since the last commit count as lost.
+            is_ended_as_asked = self.order is not Order.END
             raise
         finally:
             self._end_attempt(is_ended_as_asked=is_ended_as_asked)
@@ -184,11 +189,13 @@ class Trainer:
             mesh=self.mesh,
         )
         self.ema = Ema(self.engine.slices(), config.trainer.ema_decay)
+        self.stopping.expect_save(checkpoint_bytes(self.engine.shapes))
         if self.saving.saved is not None:
             load_run(self.saving.saved, self.engine, self.ema, self.loader, self.skipped)
         self.loader.enter(curriculum_stage.index, self.step)
         stage = {"curriculum_stage": settings.name, "start": curriculum_stage.start, "stop": curriculum_stage.stop}
-        self.record.write("stage", self.step, {**stage, "freeze": list(settings.freeze)})
+        facts = {"freeze": list(settings.freeze), "world_size": self.mesh.world_size}
+        self.record.write("stage", self.step, {**stage, **facts})
         span = f"steps {self.step} to {curriculum_stage.stop}"
         self.record.log("stage %s: %s, from %s", settings.name, span, self.saving.saved or "the start")
 
@@ -203,20 +210,27 @@ class Trainer:
             if self.step == self.config.total_steps:
                 # Before the last commit: a kill between the two would leave a finished run without its figure.
                 self.held_out_loss = self._validate()
+            if self.order is Order.END:
+                raise PreemptedError(self._goodbye(f"not saved; {self.saving.give_up() or 'nothing'} stands"))
             # The next engine is built from it, or this attempt ends with it.
-            must_stand = self.step == curriculum_stage.stop or self.wants_stop
-            if must_stand or self.step % every.checkpoint_every_steps == 0:
+            must_stand = self.step == curriculum_stage.stop or self.order is Order.SAVE_AND_END
+            if must_stand or self.order.saves or self.step % every.checkpoint_every_steps == 0:
                 self._save(curriculum_stage, must_stand=must_stand)
-            if self.wants_stop and self.step < self.config.total_steps:
-                raise PreemptedError(
-                    f"asked to stop at step {self.step}; saved: {self.saving.saved}. Submit again to go on."
-                )
-            if (
-                every.validate_every_steps
-                and self.step % every.validate_every_steps == 0
-                and self.step < curriculum_stage.stop
-            ):
+            if self.order is Order.SAVE:
+                # Workers end as soon as it is committed: steps done meanwhile would be lost. It may fail, as any may.
+                self.saving.settle(self.step)
+            if self.order is Order.SAVE_AND_END and self.step < self.config.total_steps:
+                raise PreemptedError(self._goodbye(f"saved: {self.saving.saved}"))
+            if self._is_validation_due(curriculum_stage, self.step):
                 self._validate()
+
+    def _is_validation_due(self, curriculum_stage: CurriculumStage, step: int) -> bool:
+        every = self.config.trainer.validate_every_steps
+        return every > 0 and step % every == 0 and step < curriculum_stage.stop
+
+    def _goodbye(self, what_stands: str) -> str:
+        reason = self.mesh.from_main(self.stopping.reason)
+        return f"asked to stop at step {self.step} ({reason}); {what_stands}. Submit again to go on."
 
     def _train_step(self, curriculum_stage: CurriculumStage, batches: Iterator[StepBatch]) -> None:
         self.record.lap_other()
@@ -239,16 +253,21 @@ class Trainer:
                 tally.add(output, micro_batch)
                 self.watch.at("its next micro-batch, or adding up gradients")
             self.meter.end()
-        wants_stop = self.mesh.is_main and self.should_stop()
+        order = Order.GO_ON
+        if self.mesh.is_main:
+            upcoming_s = self.validation_s if self._is_validation_due(curriculum_stage, self.step + 1) else 0.0
+            order = self.stopping.order(
+                self.stop_requests(), upcoming_s=upcoming_s, saving_since=self.saving.saving_since
+            )
         self.watch.at("adding up over ranks")
         sums = tally.summed(
             self.mesh,
             bad_records=self.loader.num_bad_records,
-            wants_stop=wants_stop,
+            order=order,
             has_failed_save=self.saving.has_failed,
             measured=self.meter.measured(batch, curriculum_stage.settings.freeze, data_s=data_s),
         )
-        self.wants_stop = sums.wants_stop
+        self.order = Order(sums.order)
         # Agreed by all ranks before the optimizer moves: the sum is the same bits on each, NaN included.
         with self.profile.span("optimizer"):
             norm = self.engine.step(rate, fresh_scale=fresh_scale) if math.isfinite(sums.loss) else None
@@ -264,7 +283,8 @@ class Trainer:
             "train/lr_fresh": rate * fresh_scale,
             "train/skipped_steps": self.skipped.total,
         }
-        self.record.step(self.step, sums, self.loader, facts, norm=norm, data_s=data_s)
+        step_s = self.record.step(self.step, sums, self.loader, facts, norm=norm, data_s=data_s)
+        self.stopping.stepped(data_s + step_s)
         if norm is None:
             self.record.skipped_step(self.step, tally, loss=sums.loss)
         self.profile.end_step(self.step)
@@ -300,7 +320,7 @@ class Trainer:
             tally.add(output, micro_batch)
         self.engine.train(True)
         sums = tally.summed(self.mesh)
-        self.record.held_out(self.step, sums)
+        self.validation_s = self.record.held_out(self.step, sums)
         return sums.loss
 
     # ---- state

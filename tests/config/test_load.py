@@ -89,6 +89,25 @@ def test_sequence_ranks_that_divide_neither_workers_nor_heads_are_refused(
         parse_config(values, "run.toml")
 
 
+@pytest.mark.parametrize(
+    ("launch", "trainer", "words"),
+    [
+        ({"sequence_parallel": 2}, {}, r"min_workers=2 does not go with launch.sequence_parallel=2: .*need a multiple"),
+        ({}, {"zero_stage": 3, "hpz_partition_size": 2}, r"does not go with trainer.hpz_partition_size=2"),
+    ],
+)
+def test_groups_of_ranks_are_refused_in_an_elastic_run(
+    launch: dict[str, Any], trainer: dict[str, Any], words: str
+) -> None:
+    values = run_values()
+    values["launch"] = {"num_workers": 4, **launch}
+    values["trainer"] = {**values.get("trainer", {}), **trainer}
+    assert parse_config(values, "run.toml").launch.least_workers == 4
+    values["launch"]["min_workers"] = 2
+    with pytest.raises(ConfigError, match=words):
+        parse_config(values, "run.toml")
+
+
 def test_a_model_without_attention_may_have_any_number_of_sequence_ranks() -> None:
     values = run_values()
     values["launch"] = {"num_workers": 4, "sequence_parallel": 4}

@@ -23,6 +23,7 @@ from m4v_dist.frozen.latent_normalization import LatentNormalization
 from m4v_dist.model.build import build_model
 from m4v_dist.model.checkpoint_names import to_pyramidflow_name
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
+from m4v_dist.stop_request import StopRequest
 from m4v_dist.weights_file import WeightsFile, fill_weights, sha256
 from tests.integration.small_run import make_small_cache, rows, small_values, to_toml
 from tests.trainer.made_checkpoint import made_checkpoint
@@ -224,10 +225,10 @@ def _commit(config: RunConfig) -> None:
 
 def _stop_then_go_on(config: str, weights: str) -> int:
     try:
-        train_on_rank({"config": config}, lambda: True)
+        train_on_rank({"config": config}, lambda: [StopRequest("SIGTERM")])
     except PreemptedError:
         os.remove(weights)
-    step: int = train_on_rank({"config": config}, lambda: False)["step"]
+    step: int = train_on_rank({"config": config}, tuple)["step"]
     return step
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from m4v_dist.config.load import parse_config
+from tests.integration.small_run import make_small_cache, rows, small_values, to_toml
 from tests.jobs.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +59,7 @@ def _free_port() -> int:
 def head() -> Iterator[Head]:
     """`ray start --head --block` as a child, on loopback, with a token; ended by SIGTERM to its pid alone."""
     # Not pytest's tmp_path: Ray's sockets lie below it, and a socket's path may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="m4v", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="m4v", dir="/tmp", ignore_cleanup_errors=True) as folder:
         token = Path(folder, "token")
         token.touch(mode=0o600)
         token.write_text("m4v-test-token-0123456789abcdef0123456789")
@@ -164,6 +167,35 @@ def test_a_job_that_would_write_into_its_own_copy_of_the_code_is_exit_2(head: He
     info = _ask(head, "relative")
     assert info["status"] == "FAILED" and info["driver_exit_code"] == 2
     assert "run.folder=runs/mine is relative" in str(info["message"])
+
+
+def test_a_job_that_is_stopped_saves_first_and_says_so(head: Head, tmp_path: Path) -> None:
+    """`ray job stop` waits as long as the runtime environment says; without that it kills after 3 s."""
+    run = tmp_path / "run"
+    values = small_values(str(run), make_small_cache(f"{tmp_path}/cache"), checkpoint_every_steps=10**6)
+    values["curriculum"][1]["num_steps"] = 10**6
+    values["launch"]["num_workers"] = 1
+    config = tmp_path / "run.toml"
+    config.write_text(to_toml(parse_config(values, where="stop").model_dump(mode="json", exclude_none=True)))
+    # `exec`, so that Ray waits for the driver itself and not for a shell's orphan, which some machines never bury.
+    begun = head.job(
+        "submit", "--no-wait", "--submission-id", "long", "--runtime-env", "cluster/runtime_env.yaml",
+        "--working-dir", ".", "--", "exec", "python", "-m", "jobs.train", "--config", str(config),
+    )  # fmt: skip
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    deadline = time.monotonic() + JOB_TIMEOUT_S
+    while len(rows(str(run), "train")) < 4:
+        assert time.monotonic() < deadline, _ask(head, "long/logs")["logs"][-4000:]
+        time.sleep(0.1)
+    stopped = head.job("stop", "long")
+    assert "was stopped" in stopped.stdout, stopped.stdout + stopped.stderr
+    assert _ask(head, "long")["status"] == "STOPPED"
+    result = json.loads((run / "result.json").read_text())
+    assert result["exit_code"] == 5
+    said = re.search(r"step (\d+) \(SIGTERM, as of `ray job stop`: a save takes .*, (\d+) s left\)", result["reason"])
+    assert said is not None, result["reason"]
+    assert 280 < int(said[2]) <= 300, "RAY_JOB_STOP_WAIT_TIME_S of cluster/runtime_env.yaml"
+    assert (run / "checkpoints" / f"step_{int(said[1]):08d}" / "COMMITTED").exists()
 
 
 def _ask(head: Head, path: str) -> dict[str, Any]:

@@ -110,6 +110,18 @@ def test_a_stage_that_fits_no_memory_of_the_named_gpu_is_refused_before_any_work
             train(parse_config(values, where="test"), dry_run)
 
 
+def test_a_dry_run_of_an_elastic_run_shows_what_a_rank_needs_of_the_fewest(
+    cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = small_values(str(tmp_path / "run"), cache)
+    values["launch"]["min_workers"] = 1
+    with caplog.at_level(logging.INFO):
+        train(parse_config(values, where="test"), True)
+    assert "peak on launch.min_workers=1" in plan_of(caplog)
+    peak, of_fewest = (float(cell) for cell in rows_of(plan_of(caplog), "video")[1][-2:])
+    assert of_fewest > peak
+
+
 def test_a_dry_run_asks_whether_the_workers_fit(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     values = small_values(str(tmp_path / "run"), cache)

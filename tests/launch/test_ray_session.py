@@ -20,6 +20,7 @@ def test_what_a_machine_cannot_hold_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"there are 0.*use_gpu=false\.$"):
         require_resources(gpu, num_gpus=0, num_cpus=8)
     require_resources(gpu, num_gpus=2, num_cpus=8)
+    require_resources(gpu.model_copy(update={"min_workers": 1}), num_gpus=1, num_cpus=8)
     with pytest.raises(ConfigError, match=r"cpus_per_worker=9.*8 CPUs"):
         require_resources(LaunchSettings(cpus_per_worker=9), num_gpus=0, num_cpus=8)
     # workers may outnumber CPUs: they take turns
@@ -37,6 +38,10 @@ def test_what_a_cluster_cannot_hold_is_refused_unless_it_grows(caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         require_room(growing, nodes)
     assert "waiting for it to grow" in caplog.text
+    # an elastic run can do with fewer, down to its least
+    require_room(LaunchSettings(num_workers=40, min_workers=19), nodes)
+    with pytest.raises(ConfigError, match=r"launch.min_workers=20 of 1 CPU each.*hold 19.*set launch.min_workers or"):
+        require_room(LaunchSettings(num_workers=40, min_workers=20), nodes)
     require_room(LaunchSettings(num_workers=19), nodes)
     with pytest.raises(ConfigError, match=r"num_workers=20 of 1 CPU each"):
         require_room(LaunchSettings(num_workers=20), nodes)

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import DataError, OutOfMemoryJobError, PreemptedError, RetriesExhaustedError, RunInUseError
 from m4v_dist.launch.ray_session import start_ray, stop_ray
 from m4v_dist.launch.ray_workers import WorkerFunction, run_workers
+from m4v_dist.stop_request import StopRequest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SETTINGS = LaunchSettings(num_workers=2, max_failures=1)
+StopRequests = Callable[[], Sequence[StopRequest]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,17 +50,18 @@ def _note(config: dict[str, Any]) -> int:
     return len(list(folder.glob("start_*")))
 
 
-def _killed_once(config: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Any]:
+def _killed_once(config: dict[str, Any], stop_requests: StopRequests) -> dict[str, Any]:
     import torch.distributed as dist
 
     starts = _note(config)
     if starts == 1 and dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
-    return {"starts": starts, "rank": dist.get_rank(), "stop": should_stop(), "threads": os.environ["OMP_NUM_THREADS"]}
+    threads = os.environ["OMP_NUM_THREADS"]
+    return {"starts": starts, "rank": dist.get_rank(), "stop": stop_requests(), "threads": threads}
 
 
-def _data_error_on_rank_1(config: dict[str, Any], _: Callable[[], bool]) -> None:
+def _data_error_on_rank_1(config: dict[str, Any], _: StopRequests) -> None:
     import torch.distributed as dist
 
     _note(config)
@@ -67,7 +70,7 @@ def _data_error_on_rank_1(config: dict[str, Any], _: Callable[[], bool]) -> None
     dist.barrier()
 
 
-def _bug_on_rank_1(config: dict[str, Any], _: Callable[[], bool]) -> None:
+def _bug_on_rank_1(config: dict[str, Any], _: StopRequests) -> None:
     import torch.distributed as dist
 
     _note(config)
@@ -78,7 +81,7 @@ def _bug_on_rank_1(config: dict[str, Any], _: Callable[[], bool]) -> None:
 
 def test_a_killed_worker_restarts_the_group_and_rank_0_answers(tmp_path: Path) -> None:
     answer = _run(_killed_once, tmp_path, SETTINGS, "kill")
-    assert answer == {"starts": 2, "rank": 0, "stop": False, "threads": "1"}
+    assert answer == {"starts": 2, "rank": 0, "stop": (), "threads": "1"}
 
 
 def test_a_data_error_of_one_rank_ends_the_run_as_itself_without_a_retry(tmp_path: Path) -> None:
@@ -87,7 +90,7 @@ def test_a_data_error_of_one_rank_ends_the_run_as_itself_without_a_retry(tmp_pat
     assert len(list(tmp_path.glob("start_*"))) == 1
 
 
-def _another_driver_has_it(config: dict[str, Any], _: Callable[[], bool]) -> None:
+def _another_driver_has_it(config: dict[str, Any], _: StopRequests) -> None:
     raise RunInUseError("in use by attempt 7")
 
 
@@ -103,11 +106,11 @@ def test_no_report_is_asked_for_of_a_run_that_another_driver_trains(tmp_path: Pa
     assert not asked
 
 
-def _until_asked_to_stop(config: dict[str, Any], should_stop: Callable[[], bool]) -> None:
+def _until_asked_to_stop(config: dict[str, Any], stop_requests: StopRequests) -> None:
     _note(config)
-    while not should_stop():
+    while not (requests := stop_requests()):
         time.sleep(0.1)
-    raise PreemptedError("saved")
+    raise PreemptedError(f"saved, asked by {requests[0].why}")
 
 
 def test_sigterm_to_the_driver_lets_the_workers_save_and_end_once(tmp_path: Path) -> None:
@@ -117,9 +120,15 @@ def test_sigterm_to_the_driver_lets_the_workers_save_and_end_once(tmp_path: Path
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate, daemon=True).start()
-    with pytest.raises(PreemptedError, match="saved"):
+    with pytest.raises(PreemptedError, match="saved, asked by SIGTERM"):
         _run(_until_asked_to_stop, tmp_path, SETTINGS, "stop")
     assert len(list(tmp_path.glob("start_*"))) == 1
+
+
+def test_a_time_limit_reaches_the_workers_with_its_deadline(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"time_limit_s": 86400.0})
+    with pytest.raises(PreemptedError, match=r"saved, asked by the time limit \(launch.time_limit_s=86400\)"):
+        _run(_until_asked_to_stop, tmp_path, settings, "limit")
 
 
 def test_retries_end_with_the_root_cause(tmp_path: Path) -> None:
@@ -140,7 +149,7 @@ def test_retries_end_with_the_root_cause(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("start_*"))) == 1
 
 
-def _out_of_memory_on_rank_1(config: dict[str, Any], _: Callable[[], bool]) -> None:
+def _out_of_memory_on_rank_1(config: dict[str, Any], _: StopRequests) -> None:
     import torch
     import torch.distributed as dist
 

@@ -5,6 +5,7 @@ import torch
 
 from m4v_dist.errors import DataError, NonFiniteError, OutOfMemoryJobError, StoreError
 from m4v_dist.launch.verdict import MAX_FRUITLESS_RESTARTS, Verdict, as_job_error
+from m4v_dist.stop_request import StopRequest
 
 
 def test_a_restart_counts_as_fruitless_only_if_nothing_was_committed_since_the_one_before() -> None:
@@ -39,3 +40,33 @@ def test_a_job_error_stays_itself() -> None:
 
 def test_a_store_that_cannot_be_asked_may_come_back_so_its_error_restarts() -> None:
     assert as_job_error(StoreError("s3://bucket/x: no server"), 0) is None
+
+
+def test_requests_stand_by_their_reason_and_what_was_about_lost_workers_goes_with_them() -> None:
+    verdict = Verdict()
+    verdict.begin(None)
+    limit, room = StopRequest("limit", 9.0, is_urgent=False), StopRequest("room for 2", ends=False)
+    for request in (limit, StopRequest("node a", 5.0, ends=False), room, StopRequest("node a", 4.0, ends=False)):
+        verdict.ask(request)
+    assert verdict.stop_requests() == (limit, StopRequest("node a", 4.0, ends=False), room)
+    verdict.begin("step_1")
+    assert verdict.stop_requests() == (limit,)
+
+
+def test_the_driver_learns_whether_anybody_hears_it() -> None:
+    verdict = Verdict()
+    waiting = []
+    for state in ("SchedulingState", "RunningState", "RestartingState", "PreemptingState", "ShuttingDownState"):
+        verdict.note_state(state)
+        waiting.append(verdict.is_waiting())
+    assert Verdict().is_waiting()
+    assert waiting == [True, False, True, False, False]
+
+
+def test_an_attempt_is_whole_until_one_of_its_ranks_told_an_error() -> None:
+    verdict = Verdict()
+    verdict.begin(None)
+    verdict.record(1, 0, "here", "OSError: lost", "", None)
+    assert not verdict.is_attempt_whole()
+    verdict.begin("step_1")
+    assert verdict.is_attempt_whole()

@@ -74,6 +74,9 @@ def test_lost_work_is_the_time_since_the_checkpoint_whatever_was_logged_in_it() 
     assert broken is not None
     # steps 6, 7 and 8 with one row (every_steps = 4), and a held-out loss
     assert (broken.lost_s, broken.lost_steps, broken.last_time) == (15.0, 3, 30.0)
+    assert broken.world_size is None
+    sized = broken_attempt([{**_row(2, "stage", 4, 11.0), "world_size": 3}, *rows[2:]], resume_step=6)
+    assert sized is not None and sized.world_size == 3
     # no commit of its own: all since its first row
     none_of_its_own = broken_attempt(rows, resume_step=4)
     assert none_of_its_own is not None and none_of_its_own.lost_s == 20.0

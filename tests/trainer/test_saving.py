@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from m4v_dist import storage
 from m4v_dist.errors import DataError, JobError, PreemptedError
 from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.stop_request import StopRequest
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.lease import Holder, newest_lease
 from m4v_dist.trainer.trainer import Trainer, TrainResult
@@ -49,7 +51,7 @@ def _trainer(folder: str, at_step: Callable[[int], None] = lambda _: None, **set
 
 def _stop_at(step: int, folder: str, **settings: Any) -> None:
     trainer = _trainer(folder, **settings)
-    trainer.should_stop = lambda: trainer.step + 1 >= step
+    trainer.stop_requests = lambda: [StopRequest("SIGTERM")] * (trainer.step + 1 >= step)
     with pytest.raises(PreemptedError, match=f"asked to stop at step {step}"):
         trainer.run()
 
@@ -124,6 +126,27 @@ def _full_disk_jobs(folder: str) -> dict[str, Any]:
         _trainer(f"{folder}/overtaken", overtake).run()
     except JobError as error:
         answer["overtaken"] = (type(error).__name__, error.exit_code, str(error))
+    return answer
+
+
+def _cut_off_job(folder: str) -> dict[str, Any]:
+    """Saves take a day, it seems, and the kill comes in a minute; then again without it."""
+    answer: dict[str, Any] = {}
+    trainer = _trainer(folder)
+
+    def stop_requests() -> list[StopRequest]:
+        trainer.stopping.saved(86400.0)
+        return [StopRequest("SIGTERM", time.time() + 60)] * (trainer.step + 1 >= 8)
+
+    trainer.stop_requests = stop_requests
+    with pytest.raises(PreemptedError) as error:
+        trainer.run()
+    answer["said"] = str(error.value)
+    answer["again"] = _trainer(folder).run().step
+    going = _trainer(f"{folder}/asked_to_save")
+    going.stop_requests = lambda: [StopRequest("room", ends=False)] * (going.step + 1 >= 5)
+    answer["going"] = going.run().step
+    answer["measured"] = going.stopping._is_measured
     return answer
 
 
@@ -221,6 +244,26 @@ def test_an_attempt_that_was_overtaken_ends_on_all_ranks_and_commits_nothing_mor
         assert (name, exit_code) == ("RunInUseError", 2)
         assert "attempt 1 has lost its lease to attempt 2 of process 77 on gpu-9" in message
     assert checkpoint.list_committed(f"{full_disk[0]}/overtaken/checkpoints") == ["step_00000003", "step_00000004"]
+
+
+def test_a_save_that_would_be_cut_off_is_not_begun_and_the_steps_since_the_last_one_count_as_lost(
+    damaged: tuple[str, Any], tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "run")
+    answers = run_ranks(_cut_off_job, 2, folder)
+    for answer in answers:
+        assert "asked to stop at step 8 (SIGTERM: a save takes 86400 s" in answer["said"]
+        assert f"not saved; {folder}/checkpoints/step_00000006 stands" in answer["said"]
+        assert answer["again"] == answer["going"] == TOTAL
+    assert [row["step"] for row in rows(folder, "checkpoint")] == [3, 4, 6, 9, 10]
+    (restart,) = rows(folder, "restart")
+    assert restart["lost_steps"] == 2 and _ledger(folder)["lost_s"] >= restart["lost_s"] > 0
+    assert _losses(folder) == _losses(f"{damaged[0]}/straight")
+    # One that goes on saves once for the asking, and waits for the commit: its row comes before the next step's.
+    done = Path(folder, "asked_to_save", "metrics.jsonl").read_text().splitlines()
+    order = [(row["kind"], row["step"]) for row in map(json.loads, done) if row["kind"] in ("train", "checkpoint")]
+    assert order[order.index(("checkpoint", 5)) - 1 :][:3] == [("train", 4), ("checkpoint", 5), ("train", 5)]
+    assert [answer["measured"] for answer in answers] == [True, False], "rank 0 sees the commits, and decides"
 
 
 @pytest.fixture

@@ -20,14 +20,14 @@ def sums_on_rank(case: str) -> Sums:
     output = ToyOutput(loss, {"loss_pyramid_stage_0": torch.tensor([0.4, 2.0])}, slot_losses)
     tally.add(output, toy_batch(0, [0, 1], 2))
     measured = Measured(mesh.rank + 0.5, 1.0, 0.0, 0.25, 10.0, 12.0)
-    return tally.summed(mesh, bad_records=1, wants_stop=mesh.is_main, measured=measured)
+    return tally.summed(mesh, bad_records=1, order=2 if mesh.is_main else 0, measured=measured)
 
 
 def test_sequence_ranks_count_once() -> None:
     for sums in run_ranks(sums_on_rank, 3, "same"):
         assert sums.loss == float(torch.tensor(0.1))
         assert sums.means == {"loss_pyramid_stage_0": float(torch.tensor(0.4)) / 2}
-        assert (sums.tokens, sums.bad_records, sums.wants_stop) == (20, 1, True)
+        assert (sums.tokens, sums.bad_records, sums.order) == (20, 1, 2)
         # what a rank measured is its own, and no slot's
         assert [measured.data_s for measured in sums.ranks] == [0.5, 1.5, 2.5]
 

@@ -5,6 +5,7 @@ Kill and resume: tests/integration/test_resume.py.
 
 import json
 import os
+import re
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from torch import nn
 
 from m4v_dist.errors import NonFiniteError, PreemptedError
 from m4v_dist.parallel.mesh import Mesh
+from m4v_dist.stop_request import StopRequest
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.trainer import Trainer
 from tests.trainer.ranks import run_ranks
 from tests.trainer.toy import ToyLoader, ToyModel, ToyOutput, build_toy, toy_config, toy_objective
 
 TOTAL = 10
+STOP = StopRequest("SIGTERM")
 
 
 def _trainer(folder: str, *, objective: Any = toy_objective, **settings: Any) -> Trainer:
@@ -116,7 +119,7 @@ def _filled_jobs(folder: str) -> list[str]:
     with pytest.raises(RuntimeError, match="lost"):
         attempt("dies", objective=die).run()
     stopping = attempt("stops")
-    stopping.should_stop = lambda: stopping.step >= 1
+    stopping.stop_requests = lambda: [STOP] * (stopping.step >= 1)
     with pytest.raises(PreemptedError):
         stopping.run()
     attempt("ends").run()
@@ -130,11 +133,11 @@ def _more_jobs(folder: str) -> dict[str, Any]:
     answer["again"] = (first.step, again.step, first.checkpoint == again.checkpoint)
     stopping = _trainer(f"{folder}/stopped")
 
-    def stop_after_five() -> bool:
+    def stop_after_five() -> list[StopRequest]:
         assert stopping.mesh.is_main, "only rank 0 asks"
-        return stopping.step >= 4
+        return [STOP] * (stopping.step >= 4)
 
-    stopping.should_stop = stop_after_five
+    stopping.stop_requests = stop_after_five
     try:
         stopping.run()
     except PreemptedError as error:
@@ -185,7 +188,9 @@ def test_start_weights_fill_a_run_without_a_checkpoint_and_never_one_that_has_on
 
 
 def test_a_run_asked_to_stop_saves_first(more: tuple[str, dict[str, Any]]) -> None:
-    assert "asked to stop at step 5" in more[1]["stopped"]
+    assert re.search(
+        r"asked to stop at step 5 \(SIGTERM: a save takes 0 s, no deadline.*\); saved: .*5\.", more[1]["stopped"]
+    )
     assert checkpoint.step_of(str(checkpoint.newest_committed(f"{more[0]}/stopped/checkpoints"))) == 5
 
 
@@ -268,6 +273,7 @@ def test_a_restart_lasts_until_the_first_step_and_counts_though_nothing_is_commi
     assert second["lost_steps"] == third["lost_steps"] == 1
     for row in (second, third):
         assert row["timing/restart_s"] >= row["timing/build_s"] > 0
+        assert (row["world_size_before"], row["world_size"]) == (2, 2)
     ledger = json.loads((tmp_path / "ledger.json").read_text())
     assert ledger["restart_s"] == pytest.approx(second["timing/restart_s"] + third["timing/restart_s"])
     assert ledger["lost_s"] == pytest.approx(second["lost_s"] + third["lost_s"])

@@ -1,0 +1,115 @@
+"""A Ray cluster of several "nodes" on this machine, and a training driver on it, to lose and add nodes under."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.integration.small_run import rows
+from tests.trainer.ranks import ROOT
+
+WAIT_S = 240
+"""For any one thing to happen; the machine may be loaded."""
+
+
+@dataclass
+class Nodes:
+    """A head without CPUs, and nodes of one CPU each, by Ray's ids."""
+
+    process: "subprocess.Popen[str]"
+    env: dict[str, str]
+
+    def add(self) -> str:
+        return self._tell("add")
+
+    def lose(self, node: str) -> None:
+        """As a machine is lost: no process says good-bye."""
+        self._tell(f"lose {node}")
+
+    def announce_loss(self, node: str, seconds: int) -> None:
+        """As a cloud tells that it will take a spot machine."""
+        command = [
+            str(Path(sys.executable).parent / "ray"), "drain-node", "--address", self.env["RAY_ADDRESS"],
+            "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+            "--deadline-remaining-seconds", str(seconds),
+        ]  # fmt: skip
+        subprocess.run(command, env=self.env, check=True, capture_output=True, timeout=60)
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def _tell(self, line: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self.read()
+
+
+@contextmanager
+def nodes(num_nodes: int) -> Iterator[tuple[Nodes, list[str]]]:
+    """A cluster of a head and `num_nodes` nodes."""
+    with tempfile.TemporaryDirectory(prefix="m4v", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        token = Path(folder, "token")
+        token.touch(mode=0o600)
+        token.write_text("m4v-test-token-0123456789abcdef0123456789")
+        env = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAY_JOB_ID"}}
+        env |= {
+            "RAY_TMPDIR": folder,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "tests.chaos.cluster_process"]
+        with Path(folder, "cluster.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        try:
+            cluster = Nodes(process, env)
+            env["RAY_ADDRESS"] = cluster.read()
+            assert env["RAY_ADDRESS"], Path(folder, "cluster.log").read_text()[-4000:]
+            yield cluster, [cluster.add() for _ in range(num_nodes)]
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait(60)
+
+
+@contextmanager
+def driver(config: str, env: Mapping[str, str], log: Path, *overrides: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """`python -m jobs.train` as a process of its own, ended if the block leaves it running."""
+    command = [sys.executable, "-m", "jobs.train", "--config", config, *overrides]
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=dict(env), stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(what: str, is_so: Callable[[], Any], process: "subprocess.Popen[bytes]", log: Path) -> float:
+    """Wait until `is_so()`; return the UNIX time. Fails with the end of the log."""
+    deadline = time.monotonic() + WAIT_S
+    while not is_so():
+        assert process.poll() is None, f"the driver ended before: {what}\n{log.read_text(errors='replace')[-6000:]}"
+        assert time.monotonic() < deadline, f"never: {what}\n{log.read_text(errors='replace')[-6000:]}"
+        time.sleep(0.05)
+    return time.time()
+
+
+def steps_of(folder: str, attempt: int) -> list[dict[str, Any]]:
+    """Train rows of one attempt."""
+    return [row for row in rows(folder, "train") if row["attempt"] == attempt]
