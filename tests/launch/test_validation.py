@@ -59,7 +59,8 @@ def test_new_commits_are_sampled_one_at_a_time_and_failures_only_counted(tmp_pat
         _commit(run, 3)
         _until(lambda: sampling.num_failed == 1)
         _commit(run, 5)
-        _until(lambda: sampling._running is not None)
+        # Its own number: the failed one's end may still be under way.
+        _until(lambda: (running := sampling._running) is not None and running[2] == 5)
         # None of these while 5 is under way, and then the newest alone; a restart's commit of 4 is no news.
         _commit(run, 6, 7, 4)
         time.sleep(1.5)

@@ -60,7 +60,9 @@ def _run(recompute: str = "none", **settings: Any) -> dict[str, Any]:
 def test_offloaded_optimizer_state_is_on_the_host_and_the_steps_are_the_same(zero_stage: int) -> None:
     there, here = (_run(zero_stage=zero_stage, offload=offload) for offload in ("none", "optimizer"))
     assert there["devices"] == ["cuda"]
-    assert here["devices"] == ["cpu"] and here["is_pinned"]
+    assert here["devices"] == ["cpu"]
+    # DeepSpeed pins the flat weights of ZeRO 1 and 2 alone; seen at ZeRO 3: not pinned, so its copies are slower.
+    assert here["is_pinned"] == (zero_stage < 3)
     # AdamW on another device, and attention's tf32
     assert here["norms"] == pytest.approx(there["norms"], rel=1e-3)
 
