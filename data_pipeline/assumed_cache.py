@@ -1,13 +1,21 @@
 """A cache that is not there yet, as a plan may assume it: every record as long as can be, texts at their longest.
 
-Only numbers are asked of it: nothing can be read.
+Only numbers are asked of it, and nothing can be read; `write_assumed_cache` writes it with random latents, to time
+training on.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from data_pipeline.latent_cache import LatentCache
+from data_pipeline.latent_cache import (
+    FORMAT_VERSION,
+    NULL_PROMPT,
+    CacheRecord,
+    CacheShardWriter,
+    LatentCache,
+    write_manifest,
+)
 from data_pipeline.manifest import IndexRow
 from m4v_dist.batch import TextFeatures
 from m4v_dist.config.data_settings import BucketSettings, SourceSettings
@@ -48,6 +56,42 @@ def assumed_cache(
         "sources": {source.name: {"media": source.media} for source in sources},
     }
     return LatentCache(path, manifest, rows, TextFeatures(torch.zeros(1, 1), torch.zeros(1)))
+
+
+def write_assumed_cache(cache: LatentCache, *, latent_channels: int, text_width: int, pooled_width: int) -> None:
+    """Write every record of an assumed cache to its path, latents and texts drawn from a normal distribution.
+
+    No codec and no encoder made it, and its fingerprint says so: no run takes it for data.
+
+    Args:
+        cache: of `assumed_cache`.
+        latent_channels, text_width, pooled_width: what the model takes.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    sources = cache.manifest["sources"]
+    for source in sources:
+        writer = CacheShardWriter(cache.path, source)
+        for row in cache.rows(source):
+            grid = (row.height_px // SPATIAL_STRIDE, row.width_px // SPATIAL_STRIDE)
+            latents = draw(latent_channels, row.num_latents, *grid)  # c t h w
+            text = TextFeatures(draw(row.num_text_tokens, text_width), draw(pooled_width))
+            writer.add(row, CacheRecord(latents.bfloat16(), text))
+        writer.commit({"fingerprint": "assumed"})
+    ones, zeros = [1.0] * latent_channels, [0.0] * latent_channels
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": {"codec": "none, random latents", "text_encoder": "none, random features"},
+        "normalization": {"first_mean": zeros, "first_std": ones, "later_mean": zeros, "later_std": ones},
+        "spatial_stride": SPATIAL_STRIDE,
+        "null_prompt": NULL_PROMPT,
+        "fragments": sorted(sources),
+        "sources": sources,
+    }
+    write_manifest(cache.path, manifest, TextFeatures(draw(1, text_width), draw(pooled_width)))
 
 
 def _row(

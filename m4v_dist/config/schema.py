@@ -118,9 +118,24 @@ class SamplingSettings(Settings):
 
 
 class BenchmarkSettings(Settings):
-    """What `jobs.benchmark ablation` trains side by side, on the config's last curriculum stage."""
+    """What `jobs.benchmark` trains: ablations on the last curriculum stage, or whole runs to time."""
 
     num_steps: PositiveInt = Field(default=60, description="Optimizer steps of each run.")
+    num_warm_up_steps: PositiveInt = Field(
+        default=3, description="training: steps before those that are timed; kernels are compiled in them."
+    )
+    curriculum_stages: tuple[str, ...] = Field(
+        default=(), description="training: names of the curriculum stages that are timed; empty: all."
+    )
+    zero_stages: tuple[Literal[1, 2, 3], ...] = Field(
+        default=(1, 2, 3), min_length=1, description="training: ZeRO stages that are timed."
+    )
+    num_workers: tuple[PositiveInt, ...] = Field(
+        default=(), description="training: numbers of workers that are timed, with equal slots each; empty: launch's."
+    )
+    is_saving: bool = Field(
+        default=False, description="training: save once after the warm-up and go on until it is committed."
+    )
     num_seeds: PositiveInt = Field(default=1, description="Runs of each row, with run.seed and the seeds after it.")
     rows: tuple[Ablation, ...] = Field(
         default=(

@@ -28,7 +28,7 @@ class Order(IntEnum):
     SAVE = 1
     SAVE_AND_END = 2
     END = 3
-    """A save would be cut off: end without one."""
+    """A save would be cut off, or is not wanted: end without one."""
 
     @property
     def saves(self) -> bool:
@@ -87,6 +87,8 @@ class Stopping:
         return given
 
     def _order_of(self, request: StopRequest, upcoming_s: float, busy_s: float) -> Order:
+        if request.ends and not request.saves:
+            return Order.END
         left_s = self._left_s(request)
         step_s, save_s = max(self._steps_s, default=0.0), busy_s + self._save_s
         # This step has an unknown part to go, and the next chance is after one more.
@@ -111,6 +113,8 @@ class Stopping:
         return None if request.deadline is None else request.deadline - self._now()
 
     def _in_words(self, request: StopRequest, order: Order, busy_s: float) -> str:
+        if not request.saves:
+            return f"{request.why}: no save is wanted"
         left_s = self._left_s(request)
         save = f"a save takes {self._save_s:.0f} s{'' if self._is_measured else ' by its size'}"
         save += f" and waits {busy_s:.0f} s for the one in flight" if busy_s else ""
