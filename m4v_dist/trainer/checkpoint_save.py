@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from m4v_dist import storage
 from m4v_dist.config.load import config_to_json
@@ -22,8 +21,8 @@ from m4v_dist.retries import count_retries
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.block_file import FileSums, sums_of, write_file
 from m4v_dist.trainer.checkpoint import rank_file
-from m4v_dist.trainer.random_state import random_state
 from m4v_dist.trainer.ranges import BYTES_A_VALUE, Ranges
+from m4v_dist.trainer.snapshot import Snapshot, SnapshotBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -32,57 +31,6 @@ LONGEST_POLL_S = 1.0
 
 class AbandonedError(OSError):
     """Rank 0 gave a save up because another rank failed: a consequence, and no cause."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A rank's ranges at one moment, in host memory.
-
-    Args:
-        parts: key to its (first element, length), in the order of `values`.
-        num_elements: key to the size of the whole tensor, also of those that this rank owns nothing of.
-        values: all of them, 1-d float32.
-        random: the rank's random state.
-    """
-
-    parts: Mapping[str, list[tuple[int, int]]]
-    num_elements: Mapping[str, int]
-    values: Tensor
-    random: Mapping[str, str]
-
-
-class SnapshotBuffer:
-    """Host memory for one snapshot, kept from one to the next; pinned where the ranges are on a GPU."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0)
-
-    @torch.no_grad()
-    def take(self, tensors: Mapping[str, Ranges]) -> Snapshot:
-        """Copy `tensors`; the snapshot before this one is overwritten.
-
-        Args:
-            tensors: keyed `<kind>/<parameter>`, the same keys on every rank; float32.
-        """
-        flat = [(key, start, values) for key, ranges in tensors.items() for start, values in ranges.parts]
-        size = sum(len(values) for _, _, values in flat)
-        has_gpu = any(values.is_cuda for _, _, values in flat)
-        if self._buffer.numel() < size or self._buffer.is_pinned() != has_gpu:
-            # Given back first: a machine may hold one snapshot and not two.
-            self._buffer = torch.empty(0)
-            self._buffer = torch.empty(size, pin_memory=has_gpu)
-        parts: dict[str, list[tuple[int, int]]] = {}
-        at = 0
-        for key, start, values in flat:
-            assert values.dtype == torch.float32, f"{key}: {values.dtype} in a checkpoint of float32"
-            self._buffer[at : at + len(values)].copy_(values, non_blocking=has_gpu)
-            parts.setdefault(key, []).append((start, len(values)))
-            at += len(values)
-        if has_gpu:
-            # Before the next step moves the weights.
-            torch.cuda.synchronize()
-        num_elements = {key: ranges.num_elements for key, ranges in tensors.items()}
-        return Snapshot(parts, num_elements, self._buffer[:size], random_state())
 
 
 @dataclass(frozen=True)

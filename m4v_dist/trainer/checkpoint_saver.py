@@ -22,13 +22,13 @@ from m4v_dist.trainer.checkpoint_save import (
     AbandonedError,
     Committed,
     Save,
-    SnapshotBuffer,
     commit,
     discard,
     rank_zero_texts,
     write_share,
 )
 from m4v_dist.trainer.ranges import Ranges
+from m4v_dist.trainer.snapshot import SnapshotBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,10 @@ class CheckpointSaver:
     def is_writing(self) -> bool:
         """Whether this rank's thread is at work."""
         return self._thread is not None and self._thread.is_alive()
+
+    def reserve(self, tensors: Mapping[str, Ranges]) -> None:
+        """Get the memory of the first snapshot before it is due; see `SnapshotBuffer.reserve`."""
+        self._buffer.reserve(tensors)
 
     def begin(
         self,

@@ -76,6 +76,10 @@ class Saving:
         """UNIX time at which the save that this rank still writes began; None: there is none."""
         return self._snapshot_time if self._saver.is_writing else None
 
+    def reserve(self, tensors: Mapping[str, Ranges]) -> None:
+        """Get the memory that saves will take, from the engine that was just built."""
+        self._saver.reserve(tensors)
+
     def save(
         self,
         step: int,

@@ -192,6 +192,7 @@ class Trainer:
         self.stopping.expect_save(checkpoint_bytes(self.engine.shapes))
         if self.saving.saved is not None:
             load_run(self.saving.saved, self.engine, self.ema, self.loader, self.skipped)
+        self.saving.reserve(checkpoint_tensors(self.engine, self.ema, to_load=False))
         self.loader.enter(curriculum_stage.index, self.step)
         stage = {"curriculum_stage": settings.name, "start": curriculum_stage.start, "stop": curriculum_stage.stop}
         facts = {"freeze": list(settings.freeze), "world_size": self.mesh.world_size}

@@ -233,3 +233,37 @@ def test_attention_on_a_gpu_that_is_not_there_is_exit_2(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert benchmark.main(["attention", "--config", DEMO, "launch.use_gpu=true", "--dry-run"]) == 2
     assert "sees no CUDA device" in capfd.readouterr().err
+
+
+# ---- training
+
+
+def test_training_is_planned_before_any_worker_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["training", "--config", _toml(tmp_path), "--dry-run", "benchmark.num_workers=[1, 2]"]
+    assert benchmark.main(argv) == 0
+    assert "would time 12 runs of 3 and 3 steps" in capfd.readouterr().out
+    assert benchmark.main([*argv, 'benchmark.curriculum_stages=["vidoe"]']) == 2
+    assert not (tmp_path / "run" / "benchmark").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_training_is_timed_on_workers_and_leaves_no_weights(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "jobs.benchmark", "training", "--config", _toml(tmp_path, is_saving=True),
+        'benchmark.curriculum_stages=["image"]', "benchmark.zero_stages=[2]", "benchmark.num_warm_up_steps=1",
+        "benchmark.num_steps=2", "launch.num_workers=1", "trainer.global_batch_slots=3",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    folder = tmp_path / "run" / "benchmark" / "training"
+    (run,) = json.loads((folder / "training.json").read_text())["runs"]
+    assert run["case"] == {"curriculum_stage": "image", "zero_stage": 2, "num_workers": 1}
+    assert run["tokens_a_second"] > 0 and run["step_s"] > 0 and run["saved_gib"] > 0 and run["stall_s"] > 0
+    assert (folder / "training.md").read_text() in done.stdout
+    rows = [json.loads(line) for line in next(folder.glob("*/metrics.jsonl")).read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert 3 <= len(steps) < 300
+    assert not list(folder.glob("*/checkpoints"))

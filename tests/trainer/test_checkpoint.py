@@ -18,13 +18,13 @@ from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.checkpoint_save import (
     AbandonedError,
     Save,
-    SnapshotBuffer,
     commit,
     merge_index,
     save,
     write_share,
 )
 from m4v_dist.trainer.ranges import Ranges, to_ranges
+from m4v_dist.trainer.snapshot import SnapshotBuffer
 from tests.trainer.ranks import run_ranks
 from tests.trainer.toy import toy_config
 

@@ -18,9 +18,10 @@ from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import RunInUseError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
-from m4v_dist.trainer.checkpoint_save import Save, SnapshotBuffer, commit, write_share
+from m4v_dist.trainer.checkpoint_save import Save, commit, write_share
 from m4v_dist.trainer.checkpoint_saver import CheckpointSaver
 from m4v_dist.trainer.ranges import Ranges
+from m4v_dist.trainer.snapshot import SnapshotBuffer
 from tests.object_store_server import object_store
 from tests.trainer.ranks import run_ranks
 from tests.trainer.toy import toy_config

@@ -50,6 +50,12 @@ def test_a_save_that_would_be_cut_off_is_not_begun() -> None:
     assert " 0 s left" in stopping.reason
 
 
+def test_a_request_that_wants_no_save_ends_without_one_though_there_is_room() -> None:
+    stopping = _stopping(FakeTime(), save_s=None)
+    assert stopping.order([StopRequest("enough", 5000.0, saves=False)]) is Order.END
+    assert stopping.reason == "enough: no save is wanted"
+
+
 def test_a_time_limit_is_used_up_to_the_last_step_that_leaves_room_for_a_save() -> None:
     time = FakeTime()
     stopping = _stopping(time)
