@@ -91,7 +91,7 @@ def training_cases(config: RunConfig) -> tuple[Case, ...]:
     return tuple(
         Case(stage, zero_stage, num_workers)
         for stage in asked.curriculum_stages or known
-        for num_workers in asked.num_workers or (config.launch.num_workers,)
+        for num_workers in asked.worker_counts or (config.launch.num_workers,)
         for zero_stage in asked.zero_stages
     )
 

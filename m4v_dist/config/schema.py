@@ -130,7 +130,7 @@ class BenchmarkSettings(Settings):
     zero_stages: tuple[Literal[1, 2, 3], ...] = Field(
         default=(1, 2, 3), min_length=1, description="training: ZeRO stages that are timed."
     )
-    num_workers: tuple[PositiveInt, ...] = Field(
+    worker_counts: tuple[PositiveInt, ...] = Field(
         default=(), description="training: numbers of workers that are timed, with equal slots each; empty: launch's."
     )
     is_saving: bool = Field(

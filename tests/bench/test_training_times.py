@@ -26,7 +26,7 @@ def _row(step: int, *, seconds: float, tokens: float) -> dict[str, Any]:
 
 
 def test_every_stage_is_timed_at_every_zero_stage_and_number_of_workers() -> None:
-    cases = training_cases(_config(num_workers=[1, 2], zero_stages=[2, 3], curriculum_stages=["video"]))
+    cases = training_cases(_config(worker_counts=[1, 2], zero_stages=[2, 3], curriculum_stages=["video"]))
     assert cases == tuple(Case("video", zero, workers) for workers in (1, 2) for zero in (2, 3))
     assert [case.curriculum_stage for case in training_cases(_config())] == ["image"] * 3 + ["video"] * 3
     assert len({case.name for case in cases}) == 4
@@ -45,7 +45,7 @@ def test_slots_that_do_not_part_evenly_over_the_workers_are_refused() -> None:
 
 
 def test_each_worker_has_as_many_slots_whatever_their_number() -> None:
-    config = _config(num_workers=[1, 2, 4])
+    config = _config(worker_counts=[1, 2, 4])
     runs = [case_config(config, Case("video", 3, workers)) for workers in (1, 2, 4)]
     assert [run.trainer.global_batch_slots for run in runs] == [6, 12, 24]
     assert [run.launch.num_workers for run in runs] == [1, 2, 4]

@@ -239,7 +239,7 @@ def test_attention_on_a_gpu_that_is_not_there_is_exit_2(
 
 
 def test_training_is_planned_before_any_worker_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    argv = ["training", "--config", _toml(tmp_path), "--dry-run", "benchmark.num_workers=[1, 2]"]
+    argv = ["training", "--config", _toml(tmp_path), "--dry-run", "benchmark.worker_counts=[1, 2]"]
     assert benchmark.main(argv) == 0
     assert "would time 12 runs of 3 and 3 steps" in capfd.readouterr().out
     assert benchmark.main([*argv, 'benchmark.curriculum_stages=["vidoe"]']) == 2
