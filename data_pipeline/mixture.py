@@ -7,6 +7,7 @@ So the plan of a step depends on the seed and the cursors, never on a rank, a wo
 epoch no record is repeated or skipped.
 """
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,9 +175,13 @@ def pack_slots(num_tokens: Sequence[int], num_bins: int) -> list[list[int]]:
     """
     room = math.ceil(len(num_tokens) / num_bins)
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
+    # (tokens, bin) of those that have room; a list of equal loads is a heap.
+    open_bins = [(0, number) for number in range(num_bins)]
     for slot in sorted(range(len(num_tokens)), key=lambda slot: (-num_tokens[slot], slot)):
-        target = min((b for b in range(num_bins) if len(bins[b]) < room), key=lambda b: (loads[b], b))
+        load, target = open_bins[0]
         bins[target].append(slot)
-        loads[target] += num_tokens[slot]
+        if len(bins[target]) < room:
+            heapq.heapreplace(open_bins, (load + num_tokens[slot], target))
+        else:
+            heapq.heappop(open_bins)
     return [sorted(members) for members in bins]

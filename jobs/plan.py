@@ -3,7 +3,8 @@
 `jobs.train` shows it on a dry run and refuses by it; the tables are `m4v_dist/bench/training_plan.py`'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache as cache_answers
 from functools import lru_cache
 
 from data_pipeline.assumed_cache import assumed_cache
@@ -62,25 +63,30 @@ def planned_stages(config: RunConfig, cache: LatentCache) -> list[PlannedStage]:
         ConfigError: a bucket that the pyramid cannot divide.
     """
     planner, ranks = build_planner(config, cache), config.launch.num_data_ranks
+
+    @cache_answers
+    def column(height_px: int, width_px: int, num_text: int, unit: int, pyramid_stage: int) -> ColumnShape:
+        return config_columns(config, height_px, width_px, num_text=num_text)(unit, pyramid_stage)
+
+    def column_of(slot: Slot) -> ColumnShape:
+        """What the objective will make of a slot; thousands a step are of few shapes."""
+        row = cache.rows(slot.source)[slot.record]
+        return column(row.height_px, row.width_px, row.num_text_tokens, slot.unit, slot.pyramid_stage)
+
     return [
-        PlannedStage(stage.settings, stage.start, _planned_steps(config, planner, stage), spread_slots, ranks)
+        PlannedStage(stage.settings, stage.start, _planned_steps(planner, stage, column_of), spread_slots, ranks)
         for stage in curriculum_stages(config.curriculum)
     ]
 
 
-def _planned_steps(config: RunConfig, planner: SlotPlanner, stage: CurriculumStage) -> list[list[ColumnShape]]:
+def _planned_steps(
+    planner: SlotPlanner, stage: CurriculumStage, column_of: Callable[[Slot], ColumnShape]
+) -> list[list[ColumnShape]]:
     plan, state, steps = planner.stage(stage.index), LoaderState(next_step=stage.start), []
     for _ in range(min(NUM_PLANNED_STEPS, stage.settings.num_steps)):
         slots, state = planner.plan(plan, state)
-        steps.append([_column(config, planner.cache, slot) for slot in slots])
+        steps.append([column_of(slot) for slot in slots])
     return steps
-
-
-def _column(config: RunConfig, cache: LatentCache, slot: Slot) -> ColumnShape:
-    """What the objective will make of a slot."""
-    row = cache.rows(slot.source)[slot.record]
-    columns = config_columns(config, row.height_px, row.width_px, num_text=row.num_text_tokens)
-    return columns(slot.unit, slot.pyramid_stage)
 
 
 def states_of(model: ModelSettings, freeze: Sequence[str], zero_stage: int, world_size: int) -> ModelStates:

@@ -1,5 +1,6 @@
 """Mixture: shares follow the weights, draws depend on the step alone, slots are packed evenly."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -23,6 +24,26 @@ def test_shares_follow_the_weights() -> None:
         counts.update(pick.source for pick in picks)
     # 2000 groups, p = 0.75: four standard deviations are 0.039
     assert counts["vid"] / counts.total() == pytest.approx(0.75, abs=0.039)
+
+
+def _pack_by_the_rule(num_tokens: list[int], num_bins: int) -> list[list[int]]:
+    """As `pack_slots` says it, in time of slots times bins."""
+    room = -(-len(num_tokens) // num_bins)
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    for slot in sorted(range(len(num_tokens)), key=lambda slot: (-num_tokens[slot], slot)):
+        open_bins = [members for members in bins if len(members) < room]
+        # The first of equal ones.
+        min(open_bins, key=lambda members: sum(num_tokens[other] for other in members)).append(slot)
+    return [sorted(members) for members in bins]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_is_the_stated_rule_for_any_number_of_slots_and_bins(seed: int) -> None:
+    draw = random.Random(seed)
+    # Few sizes, so that loads are often equal.
+    tokens = [draw.choice([0, 3, 3, 5, 8, 1000]) for _ in range(draw.randint(1, 60))]
+    num_bins = draw.randint(1, 25)
+    assert pack_slots(tokens, num_bins) == _pack_by_the_rule(tokens, num_bins)
 
 
 def test_a_step_planned_alone_equals_the_step_in_a_row() -> None:
