@@ -9,8 +9,8 @@
 and, last of all, `COMMITTED`: the attempt's number, and of each file its size and a checksum for each megabyte. A
 folder without it is no checkpoint: it is named in the log and passed over. `DAMAGED` says why a marker was taken away.
 
-An attempt writes in a folder of its own, and the marker is made only if there is none: an attempt that was declared
-dead and goes on all the same can spoil nothing that a later one wrote.
+An attempt writes in a folder of its own, and takes only an earlier attempt's marker and files away: one that was
+declared dead and goes on all the same can spoil nothing that a later one wrote.
 A parameter is stored flattened, each rank's range on its own, so any world size and ZeRO stage reads it back without a
 conversion. The optimizer's settings (lr, decay) are not in it: they come from the config.
 """
@@ -39,6 +39,7 @@ FORMAT = 2
 COMMITTED = "COMMITTED"
 DAMAGED = "DAMAGED"
 _FOLDER = re.compile(r"^step_(\d{8})$")
+_ATTEMPT = re.compile(r"^attempt_(\d+)$")
 
 
 def folder_name(step: int) -> str:
@@ -49,6 +50,12 @@ def folder_name(step: int) -> str:
 def attempt_folder(path: str, attempt: int) -> str:
     """Where an attempt writes the checkpoint at `path`."""
     return storage.join(path, f"attempt_{attempt:04d}")
+
+
+def attempt_of(name: str) -> int | None:
+    """The attempt whose files a folder of that name holds; None for any other name."""
+    match = _ATTEMPT.match(name)
+    return None if match is None else int(match.group(1))
 
 
 def step_of(path: str) -> int:
@@ -64,10 +71,12 @@ class Marker:
     """What COMMITTED says.
 
     Args:
+        attempt: who wrote it.
         folder: of the files.
         files: sums of each file by its name there.
     """
 
+    attempt: int
     folder: str
     files: Mapping[str, FileSums]
 
@@ -108,7 +117,8 @@ def read_marker(path: str) -> Marker:
         found = 1 if "size_bytes" in value else value["format"]
         if found == FORMAT:
             files = {name: FileSums.from_json(sums) for name, sums in value["files"].items()}
-            return Marker(attempt_folder(path, int(value["attempt"])), files)
+            attempt = int(value["attempt"])
+            return Marker(attempt, attempt_folder(path, attempt), files)
     # ValueError: no JSON, or bytes that are no text; the others: JSON of another shape
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(

@@ -16,6 +16,7 @@ import torch
 from m4v_dist import storage
 from m4v_dist.config.load import config_to_json
 from m4v_dist.config.schema import RunConfig
+from m4v_dist.errors import DamagedCheckpointError, RunInUseError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.retries import count_retries
 from m4v_dist.trainer import checkpoint
@@ -127,6 +128,7 @@ def commit(
         TimeoutError: they did not come.
         AbandonedError: they will not.
         ValueError: the ranks' ranges do not cover each tensor exactly once.
+        RunInUseError: another attempt has taken over.
     """
     shares, files = _wait_for_shares(save, is_abandoned, timeout_s)
     index = json.dumps({"tensors": merge_index([share for share, _ in shares])}).encode()
@@ -137,16 +139,40 @@ def commit(
         may_commit()
         text = checkpoint.marker_json(save.step, save.attempt, files)
         if not storage.create_bytes(marker, text) and storage.read_bytes(marker) != text:
-            # Of an attempt that lost its lease and was too late to know: this one holds it.
+            _require_earlier(save)
             logger.warning("%s: committed by another attempt too; this attempt's files take its place.", save.path)
-            storage.remove(marker)
             storage.write_bytes(marker, text)
-    for name in storage.list_folder(save.path):
-        if name.startswith("attempt_") and storage.join(save.path, name) != save.folder:
-            storage.remove(storage.join(save.path, name))
-    storage.remove(storage.join(save.path, checkpoint.DAMAGED))
     retries = count.num_retries + sum(share["num_retries"] for share, _ in shares)
     return Committed(sum(sums.size_bytes for sums in files.values()), retries)
+
+
+def _require_earlier(save: Save) -> None:
+    """Go on, or not, where a checkpoint of this step stands already.
+
+    An earlier attempt's was written when it had lost its lease and was too late to know. A later one's says that this
+    attempt is the late one: it lost its lease between the question and the commit.
+
+    Raises:
+        RunInUseError: the checkpoint is a later attempt's.
+    """
+    try:
+        there = checkpoint.read_marker(save.path).attempt
+    except DamagedCheckpointError:
+        return
+    if there > save.attempt:
+        raise RunInUseError(
+            f"{save.path}: committed by attempt {there}, so attempt {save.attempt} has been overtaken and must not "
+            "commit. The newer one goes on."
+        )
+
+
+def remove_earlier_attempts(save: Save) -> None:
+    """Behind a commit: remove what earlier attempts left in its folder; a later one's is not this one's to touch."""
+    for name in storage.list_folder(save.path):
+        number = checkpoint.attempt_of(name)
+        if number is not None and number < save.attempt:
+            storage.remove(storage.join(save.path, name))
+    storage.remove(storage.join(save.path, checkpoint.DAMAGED))
 
 
 def _wait_for_shares(
@@ -218,6 +244,10 @@ def merge_index(shares: list[dict[str, Any]]) -> dict[str, Any]:
 
 def discard(save: Save) -> None:
     """Remove what a failed save left of this attempt; of a folder that holds nothing else, the folder too."""
+    if checkpoint.is_committed(save.path) and checkpoint.read_marker(save.path).attempt == save.attempt:
+        # The store wrote it and could not say so. First, as in a prune: files without it count for nothing, it without
+        # files for a damaged checkpoint.
+        storage.remove(storage.join(save.path, checkpoint.COMMITTED))
     storage.remove(save.folder)
     if not storage.list_folder(save.path):
         storage.remove(save.path)
@@ -251,5 +281,6 @@ def save(
     write_share(mine)
     if mesh.is_main:
         commit(mine)
+        remove_earlier_attempts(mine)
     mesh.barrier()
     return path

@@ -25,6 +25,7 @@ from m4v_dist.trainer.checkpoint_save import (
     commit,
     discard,
     rank_zero_texts,
+    remove_earlier_attempts,
     write_share,
 )
 from m4v_dist.trainer.ranges import Ranges
@@ -70,7 +71,7 @@ class CheckpointSaver:
         config: of the run.
         mesh: rank facts.
         attempt: number of this attempt.
-        may_commit: asked on rank 0 before each commit; raises if another attempt has taken over.
+        may_commit: asked on rank 0 before each commit and behind it; raises if another attempt has taken over.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, attempt: int, may_commit: Callable[[], None]) -> None:
@@ -83,6 +84,7 @@ class CheckpointSaver:
         self._has_written = threading.Event()
         self._is_abandoned = threading.Event()
         self._error: BaseException | None = None
+        self._is_committed = False
         self._report: CommitReport | None = None
 
     @property
@@ -123,6 +125,7 @@ class CheckpointSaver:
         self._save = Save(path, step, self._attempt, self._number, mesh.rank, mesh.world_size, snapshot, texts)
         self._has_written.clear()
         self._is_abandoned.clear()
+        self._is_committed = False
         # A daemon: a process that must end does not wait for a store.
         self._thread = threading.Thread(target=self._run, args=(self._save, after_commit), name="save", daemon=True)
         self._thread.start()
@@ -155,10 +158,16 @@ class CheckpointSaver:
         # That rank 0 gave up is no cause: the rank that made it give up tells its own.
         is_no_cause = error is None or isinstance(error, AbandonedError)
         mine = None if is_no_cause else (_portable(error), isinstance(error, OSError))
-        found = [(rank, *told) for rank, told in enumerate(self._mesh.gather(mine)) if told is not None]
+        answers = self._mesh.gather((mine, self._is_committed))
+        found = [(rank, *told) for rank, (told, _) in enumerate(answers) if told is not None]
         for rank, told, may_pass in found:
             if not may_pass:
                 raise told if isinstance(told, JobError) else RuntimeError(f"rank {rank}, saving {save.path}: {told}")
+        if answers[0][1]:
+            # Rank 0 had all files, whatever a store told of them later: what is committed is not taken away.
+            for rank, told, _ in found:
+                logger.warning("%s stands, though rank %d was told: %s", save.path, rank, told)
+            return Settled(save.path, ())
         if found and self._mesh.is_main:
             self._discard(save)
         # Before anybody writes to that folder again.
@@ -189,8 +198,9 @@ class CheckpointSaver:
                     is_abandoned=self._is_abandoned.is_set,
                     timeout_s=self._config.trainer.save_timeout_s,
                 )
+                self._is_committed = True
                 write_s = time.perf_counter() - started
-                self._report = CommitReport(save.step, committed, write_s, self._tidy(after_commit))
+                self._report = CommitReport(save.step, committed, write_s, self._tidy(save, after_commit))
         # Not swallowed: handed to the training thread, which raises it on all ranks.
         except BaseException as error:
             logger.error("%s: %s: %s", save.path, type(error).__name__, error)
@@ -198,9 +208,12 @@ class CheckpointSaver:
         finally:
             self._has_written.set()
 
-    def _tidy(self, after_commit: Callable[[], None]) -> str | None:
+    def _tidy(self, save: Save, after_commit: Callable[[], None]) -> str | None:
         every = self._config.trainer
         try:
+            # Asked again: who was overtaken meanwhile must remove nothing under the newer one.
+            self._may_commit()
+            remove_earlier_attempts(save)
             after_commit()
             checkpoint.prune(self._folder, keep_last=every.keep_last, keep_every_steps=every.keep_every_steps)
         except OSError as error:

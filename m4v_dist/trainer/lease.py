@@ -2,8 +2,9 @@
 
 `<checkpoints>/leases/lease_0003.json` is attempt 3's claim. A number can be claimed once (`storage.create_bytes`), and
 the highest one counts: so two drivers that begin together do not both get it, and an attempt that has been overtaken
-sees it by looking for a higher number. That is asked before each commit (fencing); what it cannot see, a commit in the
-moment between question and answer, does no harm, because attempts write in folders of their own.
+sees it by looking for a higher number. That is asked before each commit and before anything is removed behind it
+(fencing); a commit in the moment between question and answer does no harm, because attempts write in folders of their
+own, and none replaces the marker of a later one.
 
 The holder is a driver: its attempts follow one another at once. Its `LeaseKeeper` renews a heartbeat. Another driver is
 refused until the lease was given back, or its process is gone (as seen on the same machine), or the heartbeat has

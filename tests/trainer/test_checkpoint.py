@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from m4v_dist import storage
-from m4v_dist.errors import DamagedCheckpointError, DataError
+from m4v_dist.errors import DamagedCheckpointError, DataError, RunInUseError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.checkpoint_save import (
     AbandonedError,
     Save,
     commit,
+    discard,
     merge_index,
+    remove_earlier_attempts,
     save,
     write_share,
 )
@@ -235,8 +237,56 @@ def test_a_save_over_a_condemned_checkpoint_makes_a_sound_one(copy: str) -> None
     mine = Save(copy, 120, 2, 1, 0, 1, snapshot, {"state.json": json.dumps({"shapes": SHAPES}).encode()})
     write_share(mine)
     commit(mine, timeout_s=0)
+    remove_earlier_attempts(mine)
     assert sorted(path.name for path in Path(copy).iterdir()) == ["COMMITTED", "attempt_0002"]
     assert torch.equal(checkpoint.load_weights(copy)["c"], _whole()["c"])
+
+
+def _part(path: str, attempt: int, value: float) -> Save:
+    """The one rank's part of a save of step 5, written."""
+    snapshot = SnapshotBuffer().take({"weights/a": Ranges(4, ((0, torch.full((4,), value)),))})
+    part = Save(path, 5, attempt, 1, 0, 1, snapshot, {"state.json": storage.json_bytes({"shapes": {"a": [4]}})})
+    write_share(part)
+    return part
+
+
+def test_an_attempt_that_slept_between_question_and_commit_spoils_nothing_of_the_newer_one(tmp_path: Path) -> None:
+    """Attempt 9 is asked whether it may commit, and sleeps; attempt 10, an other length of name, does all meanwhile."""
+    path = str(tmp_path / "step_00000005")
+    stale, newer = _part(path, 9, 9.0), _part(path, 10, 10.0)
+
+    def sleep() -> None:
+        commit(newer, timeout_s=0)
+        remove_earlier_attempts(newer)
+
+    with pytest.raises(RunInUseError, match="committed by attempt 10, so attempt 9 has been overtaken"):
+        commit(stale, may_commit=sleep, timeout_s=0)
+    assert checkpoint.load_weights(path)["a"].tolist() == [10.0] * 4
+
+
+def test_an_attempt_that_slept_behind_its_commit_spoils_nothing_of_the_newer_one(tmp_path: Path) -> None:
+    path = str(tmp_path / "step_00000005")
+    stale = _part(path, 1, 1.0)
+    commit(stale, timeout_s=0)
+    newer = _part(path, 2, 2.0)
+    commit(newer, timeout_s=0)
+    remove_earlier_attempts(stale)
+    assert checkpoint.load_weights(path)["a"].tolist() == [2.0] * 4
+    remove_earlier_attempts(newer)
+    assert storage.list_folder(path) == ["COMMITTED", "attempt_0002"]
+
+
+def test_a_marker_whose_writing_was_answered_too_late_goes_with_the_files_of_the_failed_save(tmp_path: Path) -> None:
+    path = str(tmp_path / "step_00000005")
+    mine = _part(path, 1, 1.0)
+    commit(mine, timeout_s=0)
+    discard(mine)
+    assert not storage.exists(path)
+    other = _part(path, 2, 2.0)
+    commit(other, timeout_s=0)
+    write_share(mine)
+    discard(mine)
+    assert checkpoint.load_weights(path)["a"].tolist() == [2.0] * 4, "another attempt's marker stays"
 
 
 def test_another_models_checkpoint_is_refused_by_parameter_name(saved: str) -> None:

@@ -143,6 +143,82 @@ def test_trouble_after_the_commit_is_told_and_the_checkpoint_stands(mesh: Mesh, 
     assert report is not None and report.tidy_error == "OSError: ledger.json: stale file handle"
 
 
+def test_trouble_with_what_an_earlier_attempt_left_does_not_take_the_commit_away(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(str(tmp_path), keep_last=1)
+    saver = CheckpointSaver(config, mesh, 2, lambda: None)
+    left = f"{config.checkpoint_folder}/step_00000001/attempt_0001"
+    storage.write_bytes(f"{left}/rank_00000.json", b"{}")
+    remove = storage.remove
+
+    def refuse(path: str) -> None:
+        if path == left:
+            raise OSError("attempt_0001: busy")
+        remove(path)
+
+    monkeypatch.setattr(storage, "remove", refuse)
+    saver.begin(1, _tensors(torch.ones(4)), STATE)
+    settled, report = saver.settle(), saver.take_report()
+    assert settled is not None and settled.failures == ()
+    assert report is not None and report.tidy_error == "OSError: attempt_0001: busy"
+    assert checkpoint.load_weights(settled.path)["a"].tolist() == [1.0] * 4
+
+
+def test_an_attempt_that_is_overtaken_behind_its_commit_removes_nothing(mesh: Mesh, tmp_path: Path) -> None:
+    config = toy_config(str(tmp_path), keep_last=1)
+    asked: list[None] = []
+    ledgers: list[int] = []
+
+    def may_commit() -> None:
+        asked.append(None)
+        if len(asked) == 4:
+            raise RunInUseError("attempt 1 has lost its lease")
+
+    saver = _saver(config, mesh, may_commit)
+    for step in (1, 2):
+        saver.begin(step, _tensors(torch.ones(4)), STATE, lambda step=step: ledgers.append(step))
+        if step == 1:
+            assert saver.settle() is not None and len(asked) == 2
+    with pytest.raises(RunInUseError, match="has lost its lease"):
+        saver.settle()
+    assert ledgers == [1], "the ledger is the newer one's too"
+    assert checkpoint.list_committed(config.checkpoint_folder) == ["step_00000001", "step_00000002"]
+
+
+def _late_answer_job(folder: str) -> tuple[tuple[str, ...], str]:
+    """Rank 1's store writes its last file, and says that it did not."""
+    mesh = Mesh.of_process_group(use_gpu=False)
+    config = toy_config(folder, keep_last=1)
+    saver = _saver(config, mesh)
+    write_bytes = storage.write_bytes
+
+    def answer_late(path: str, data: bytes) -> None:
+        write_bytes(path, data)
+        if path.endswith("step_00000002/attempt_0001/rank_00001.json"):
+            raise OSError("503 Slow Down")
+
+    storage.write_bytes = answer_late
+    for step in (1, 2):
+        values = torch.full((2,), float(step))
+        saver.begin(step, {"weights/a": Ranges(4, ((2 * mesh.rank, values),))}, STATE)
+        if step == 2 and mesh.is_main:
+            # It has all files before it hears of the failure.
+            deadline = time.monotonic() + 30
+            while saver.is_writing and time.monotonic() < deadline:
+                time.sleep(0.01)
+        settled = saver.settle()
+        assert settled is not None
+    return settled.failures, settled.path
+
+
+@pytest.mark.slow
+def test_a_commit_stands_though_a_rank_is_told_too_late_that_its_file_was_written(tmp_path: Path) -> None:
+    for failures, path in run_ranks(_late_answer_job, 2, str(tmp_path)):
+        assert failures == ()
+        assert checkpoint.load_weights(path)["a"].tolist() == [2.0] * 4
+
+
 # ---- kills
 
 
