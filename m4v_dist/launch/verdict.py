@@ -74,7 +74,14 @@ class Verdict:
         return self._fruitless > self._max_fruitless
 
     def record(self, attempt: int, rank: int, where: str, summary: str, lines: str, error: JobError | None) -> None:
-        """Note a failure, in the order of arrival."""
+        """Note a failure, in the order of arrival; not of workers whose place others have taken.
+
+        Such a rank was taken for dead with its node, and wakes up to find that it has lost its lease. That must not end
+        the workers that go on in its place, nor stand for what goes wrong with them.
+        """
+        if attempt < self._attempt:
+            logger.warning("rank %d of attempt %d, which is over, told: %s", rank, attempt, summary)
+            return
         self._failures.append(Failure(attempt, rank, where, summary, lines, error))
 
     def fatal(self) -> JobError | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m4v_dist.errors import DataError, NonFiniteError, OutOfMemoryJobError, StoreError
+from m4v_dist.errors import DataError, NonFiniteError, OutOfMemoryJobError, RunInUseError, StoreError
 from m4v_dist.launch.verdict import MAX_FRUITLESS_RESTARTS, Verdict, as_job_error
 from m4v_dist.stop_request import StopRequest
 
@@ -24,6 +24,16 @@ def test_a_job_error_ends_the_run_and_another_error_does_not() -> None:
     verdict.record(1, 1, "here", "NonFiniteError: diverged", "", as_job_error(NonFiniteError("diverged"), 1))
     assert verdict.begin("step_9") is None
     assert isinstance(verdict.fatal(), NonFiniteError)
+
+
+def test_what_a_rank_of_lost_workers_tells_later_neither_ends_the_run_nor_is_taken_for_its_cause() -> None:
+    verdict = Verdict()
+    assert [verdict.begin(None), verdict.begin("step_3")] == [1, 2]
+    verdict.record(2, 1, "here", "OSError: lost", "", None)
+    overtaken = RunInUseError("attempt 1 has lost its lease")
+    verdict.record(1, 0, "there", f"RunInUseError: {overtaken}", "", as_job_error(overtaken, 0))
+    assert verdict.fatal() is None and [failure.attempt for failure in verdict.failures()] == [2]
+    assert verdict.begin("step_6") == 3
 
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError("host")])
