@@ -32,6 +32,7 @@ from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.launch.progress import TrainingProgress
 from m4v_dist.launch.ray_session import check_resources, ray_session
 from m4v_dist.launch.ray_workers import run_workers
+from m4v_dist.launch.supervisor import ended_by_signals
 from m4v_dist.launch.validation import ValidationSampling
 from m4v_dist.model.build import build_model, build_on_meta, require_channels, require_text_widths
 from m4v_dist.model.start_weights import check_start_weights
@@ -62,17 +63,23 @@ def train(config: RunConfig, dry_run: bool) -> str:
         OutOfMemoryJobError: a worker ran out of memory.
         NonFiniteError: training diverged.
         SaveFailedError: checkpoints cannot be written.
-        PreemptedError: asked to stop, and saved if there was time for it.
+        PreemptedError: asked to stop, and saved if there was something to save and time for it.
     """
     config = with_absolute_paths(config)
+    with ended_by_signals():
+        return _train(config, dry_run)
+
+
+def _train(config: RunConfig, dry_run: bool) -> str:
     step = check_run_folder(config)
     if dry_run:
         return preflight(config, step)
+    if step == config.total_steps:
+        # Before its inputs are looked at: they may be gone by now, and nothing needs them.
+        return f"nothing to do: {config.run.folder} is trained to its last step {step}"
     cache = check_inputs(config, step)
     if config.launch.gpu is not None:
         require_memory(config, plan.planned_stages(config, cache), plan.states_of)
-    if step == config.total_steps:
-        return f"nothing to do: {config.run.folder} is trained to its last step {step}"
     holder, timeout_s = Holder.of_this_process(), config.trainer.lease_timeout_s
     cli.check_writable(config.checkpoint_folder, "trainer.checkpoint_folder")
     notes = storage.join(config.run.folder, "attempts", "ray")

@@ -2,7 +2,9 @@
 
 `Supervisor` runs the launch in a thread of its own and waits for it in the main thread, where signals arrive; what
 comes becomes a StopRequest, handed to the workers. It ends by itself only when nothing can be saved any more: no worker
-is up, or a second signal comes. Knows no Ray: it is handed what it asks and tells.
+is up, a second signal comes, or the deadline does. Knows no Ray: it is handed what it asks and tells.
+
+Before the launch and after it there is nothing to save: `ended_by_signals` takes the signals there.
 """
 
 import logging
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LAST_WORDS_S = 5.0
+"""What the driver keeps of the time to a deadline, to end Ray and to say how the run ended; at most a quarter of it."""
 
 
 class _SecondSignal(BaseException):
@@ -36,6 +40,16 @@ def process_started() -> float:
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
+def run_deadline(settings: LaunchSettings, started: float) -> float | None:
+    """UNIX time at which the run must have ended; None without a limit.
+
+    Args:
+        settings: launch.time_limit_s or launch.stop_at.
+        started: UNIX time of the driver's start.
+    """
+    return settings.stop_at if settings.time_limit_s is None else started + settings.time_limit_s
+
+
 def time_limit(settings: LaunchSettings, started: float, now: float) -> StopRequest | None:
     """The request that a time limit is, from the start on; None without one.
 
@@ -46,12 +60,13 @@ def time_limit(settings: LaunchSettings, started: float, now: float) -> StopRequ
     Raises:
         ConfigError: that time is over already, or within launch.stop_margin_s.
     """
-    if settings.time_limit_s is not None:
-        limit, deadline = f"launch.time_limit_s={settings.time_limit_s:g}", started + settings.time_limit_s
-    elif settings.stop_at is not None:
-        limit, deadline = f"launch.stop_at={settings.stop_at:.0f}", settings.stop_at
-    else:
+    deadline = run_deadline(settings, started)
+    if deadline is None:
         return None
+    if settings.stop_at is None:
+        limit = f"launch.time_limit_s={settings.time_limit_s:g}"
+    else:
+        limit = f"launch.stop_at={settings.stop_at:.0f}"
     left_s = deadline - now
     if left_s <= settings.stop_margin_s:
         raise ConfigError(
@@ -82,6 +97,36 @@ def signal_request(
     return StopRequest(why, None if grace_s is None else now + grace_s)
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While inside, where no `Supervisor` takes them, SIGTERM and SIGINT end the job as one that was asked to stop.
+
+    Raises:
+        PreemptedError: where the main thread stands when the first one comes; another does what it did before.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: object) -> None:
+        restore()
+        raise PreemptedError(
+            f"asked to stop ({signal.Signals(number).name}) while nothing was trained, so there was nothing to save; "
+            "what was committed stands. Submit again to go on from there."
+        )
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        yield
+    finally:
+        restore()
+
+
 class Supervisor:
     """Waits for a launch and hands requests to stop to its workers.
 
@@ -105,7 +150,8 @@ class Supervisor:
         self._settings, self._ask, self._is_waiting, self._what_stands = settings, ask, is_waiting, what_stands
         self._limit = limit
         self._received: list[tuple[int, float]] = []
-        self._told: list[StopRequest] = []
+        # Each with the time, UNIX, at which the driver ends without the workers; None: it waits for them.
+        self._told: dict[StopRequest, float | None] = {}
 
     def run(self, launch: Callable[[], Any]) -> Any:
         """Call `launch` and return its answer, or raise its error.
@@ -113,7 +159,7 @@ class Supervisor:
         In another thread than the main one no signal can be taken, and only the time limit counts.
 
         Raises:
-            PreemptedError: ended without waiting for the workers; the message says why and what stands.
+            PreemptedError: ended without waiting for the workers, or longer for them; the message says why.
         """
         box: dict[str, Any] = {}
 
@@ -151,6 +197,13 @@ class Supervisor:
                 f"asked to stop ({due[0].why}) while no worker was up, so there was nothing to save; "
                 f"{self._what_stands()}. Submit again to go on from there."
             )
+        late = [why for why, end in self._told.items() if end is not None and time.time() > end]
+        if late and thread.is_alive():
+            # Not asked what stands: a store that hangs is one of the reasons to be late.
+            raise PreemptedError(
+                f"asked to stop ({late[0].why}), but the workers did not save and end in time: they were building, or "
+                "hung, or a save took too long; what was committed stands. Submit again to go on from there."
+            )
 
     def _is_due(self, request: StopRequest) -> bool:
         assert request.deadline is not None, "what is not urgent has a deadline"
@@ -158,7 +211,8 @@ class Supervisor:
 
     def _tell(self, request: StopRequest) -> None:
         if request not in self._told:
-            self._told.append(request)
+            left_s = None if request.deadline is None else request.deadline - time.time()
+            self._told[request] = None if left_s is None else time.time() + left_s - min(LAST_WORDS_S, left_s / 4)
             self._ask(request)
 
     def _names(self) -> str:

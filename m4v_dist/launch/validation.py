@@ -15,6 +15,7 @@ from typing import Any
 from m4v_dist import storage
 from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.launch.metrics_tail import MetricsTail
+from m4v_dist.launch.supervisor import process_started, run_deadline
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class _SamplingActor:
 
 
 class ValidationSampling:
-    """Samples while its block runs. Leaving it well waits for the last one, within its time: no training waits then.
+    """Samples while its block runs. Leaving it well waits for the last one, within its time and the run's.
 
     Args:
         function: see `SampleFunction`.
@@ -79,7 +80,12 @@ class ValidationSampling:
             self._end()
             return
         self._look()
+        deadline = run_deadline(self._settings, process_started())
         while self._running is not None:
+            if deadline is not None and time.time() > deadline - self._settings.stop_margin_s:
+                self._note_failure(self._running[2], "not done before the run's time limit")
+                self._end()
+                break
             time.sleep(POLL_S / 4)
             self._look()
         logger.info("validation: %d checkpoints sampled, %d failed; %s", self.num_done, self.num_failed, self._folder)
@@ -90,7 +96,13 @@ class ValidationSampling:
 
     def _look(self) -> None:
         """Take up new commits, what has ended, and what is due."""
-        steps = [row["step"] for row in self._tail.new_rows() if row["kind"] == "checkpoint"]
+        try:
+            rows = self._tail.new_rows()
+        except OSError as error:
+            # A mounted folder may come back, and what was not read is read then.
+            logger.warning("validation: new checkpoints cannot be looked for: %s", error)
+            rows = []
+        steps = [row["step"] for row in rows if row["kind"] == "checkpoint"]
         # A restart commits steps again, which need no second video.
         self._newest = max([self._newest, *steps])
         if self._running is not None:
@@ -140,7 +152,11 @@ class ValidationSampling:
         self.num_failed += 1
         logger.warning("validation after step %d failed (failure %d): %s", step, self.num_failed, error)
         path = storage.join(self._folder, f"step_{step:08d}", "failure.json")
-        storage.write_json(path, {"step": step, "error": error, "time": time.time()})
+        try:
+            storage.write_json(path, {"step": step, "error": error, "time": time.time()})
+        except OSError as cause:
+            # Counted and logged all the same; a full disk ends no training that went well.
+            logger.warning("%s cannot be written: %s", path, cause)
 
     def _end(self) -> None:
         import ray

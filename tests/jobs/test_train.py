@@ -224,6 +224,10 @@ def test_a_finished_run_submitted_again_says_so_and_starts_nothing(cache: str, t
     config = small_config(str(tmp_path / "run"), cache)
     committed(config, config.total_steps, 1, 2)
     assert "trained to its last step 9" in train(config, False)
+    # Nor does it ask for what it would need no more.
+    gone = small_values(str(tmp_path / "run"), str(tmp_path / "no-cache"))
+    gone["launch"]["gpu"] = "a100_40gb"
+    assert "trained to its last step 9" in train(parse_config(gone, where="test"), False)
 
 
 def test_a_remote_run_folder_is_refused_for_now(cache: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import ConfigError, DataError, PreemptedError
-from m4v_dist.launch.supervisor import Supervisor, signal_request, time_limit
+from m4v_dist.launch.supervisor import Supervisor, ended_by_signals, signal_request, time_limit
 from m4v_dist.stop_request import StopRequest
 
 
@@ -92,6 +92,36 @@ def test_a_time_limit_is_told_from_the_start_and_ends_a_run_that_only_waits() ->
         workers.supervise(settings, limit).run(workers.launch)
     assert workers.asked == [limit]
     workers.is_over.set()
+
+
+def test_workers_that_do_not_end_by_the_deadline_are_not_waited_for() -> None:
+    """They build, or hang: the driver tells how the run ended before it is killed."""
+    workers = Workers(hears=False)
+    _soon(signal.SIGTERM)
+    started = time.monotonic()
+    with pytest.raises(PreemptedError, match=r"SIGTERM\), but the workers did not save and end in time.*again"):
+        workers.supervise(LaunchSettings(stop_grace_s=2.0)).run(workers.launch)
+    assert 0.3 + 1.0 < time.monotonic() - started < 0.3 + 2.0, "most of the grace is the workers'"
+    limit = StopRequest("the time limit", time.time() + 1.0, is_urgent=False)
+    with pytest.raises(PreemptedError, match=r"asked to stop \(the time limit\), but"):
+        workers.supervise(SETTINGS, limit).run(workers.launch)
+    assert limit.deadline is not None and time.time() < limit.deadline
+    workers.is_over.set()
+
+
+def test_a_signal_before_or_after_the_launch_ends_the_job_as_one_that_was_asked_to_stop() -> None:
+    before, workers = signal.getsignal(signal.SIGTERM), Workers()
+    with pytest.raises(PreemptedError, match=r"\(SIGTERM\) while nothing was trained"), ended_by_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) is before
+    with ended_by_signals():
+        _soon(signal.SIGTERM)
+        assert workers.supervise(SETTINGS).run(workers.launch) == "saved", "inside, the launch is asked"
+        with pytest.raises(PreemptedError, match=r"\(SIGINT\) while nothing was trained"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_error_of_the_launch_comes_through_as_itself() -> None:

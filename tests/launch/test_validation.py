@@ -79,6 +79,16 @@ def test_new_commits_are_sampled_one_at_a_time_and_failures_only_counted(tmp_pat
     assert (hanging.num_done, hanging.num_failed) == (0, 1)
     assert "sampler_timeout_s=0.5" in storage.read_json(f"{run}/validation/step_00000009/failure.json")["error"]
 
+    at = time.time() + 2.0
+    limited = settings.model_copy(update={"sampler_timeout_s": 600.0, "stop_at": at, "stop_margin_s": 0.5})
+    # A folder that takes no file: the failure is told all the same, and nothing is raised where training went well.
+    Path(run, "validation", "step_00000009", "failure.json").unlink()
+    Path(run, "validation", "step_00000009").rmdir()
+    with ValidationSampling(_sample, config, str(run), every_steps=9, settings=limited) as late:
+        (run / "validation" / "step_00000009").write_text("in the way")
+        _commit(run, 9)
+    assert (late.num_done, late.num_failed) == (0, 1) and time.time() < at
+
     begun = time.monotonic()
     with (
         pytest.raises(RuntimeError, match="training broke off"),
