@@ -167,6 +167,9 @@ class Trainer:
             self._train_stage(curriculum_stage)
             self.loader.close()
             self.engine.close()
+            if self.step < self.config.total_steps:
+                # As the engine's: a device may hold the states of one stage and not of two.
+                del self.ema
             self.record.lap_other()
 
     # ---- curriculum stages

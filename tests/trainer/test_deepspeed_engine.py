@@ -1,5 +1,7 @@
 """The engine against plain torch: gradients of a whole step, weights after it, slices, frozen sets, skipped steps."""
 
+import gc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,43 @@ def test_second_copies_in_a_node_need_zero_3_and_whole_nodes(zero_stage: int, hp
     values["trainer"] = {"zero_stage": zero_stage, "hpz_partition_size": hpz}
     with pytest.raises(ConfigError, match=f"hpz_partition_size={hpz} .*they are {zero_stage} and 2: use the number"):
         parse_config(values, where="test")
+
+
+def _held_bytes() -> int:
+    """Of all tensors that anything in this process can reach."""
+    gc.collect()
+    held = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+
+def _boundaries_job() -> dict[tuple[int, str], list[int]]:
+    """Bytes that are held after each of two engines, as at the boundaries of curriculum stages.
+
+    The loop lets go of an engine only when the next one is built: it must have given its memory back before.
+    """
+    mesh = Mesh.of_process_group(use_gpu=False)
+    held: dict[tuple[int, str], list[int]] = {}
+    for zero_stage, offload in ((2, "none"), (3, "none"), (3, "optimizer")):
+        settings = _settings(zero_stage, offload=offload)
+        for step in range(2):
+            model = ToyModel(0)
+            for part in model.children():
+                partition(part, settings, mesh)
+            engine = ZeroEngine(model, settings, freeze=("double_blocks",), micro_batch_slots=3, mesh=mesh)
+            _train_step(engine, mesh, step)
+            engine.close()
+            held.setdefault((zero_stage, offload), []).append(_held_bytes())
+    return held
+
+
+def test_an_engine_that_is_closed_gives_its_memory_back() -> None:
+    num_bytes = 4 * sum(parameter.numel() for parameter in ToyModel(0).parameters())
+    for answer in run_ranks(_boundaries_job, 2):
+        before = 0
+        for which, held in answer.items():
+            # A number or two it may keep; a share of the weights is more.
+            assert all(now - then < num_bytes / 8 for then, now in pairwise([before, *held])), (which, held, num_bytes)
+            before = held[-1]
 
 
 def _one_step() -> float | None:
