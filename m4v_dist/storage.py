@@ -28,6 +28,9 @@ from m4v_dist.object_store import s3 as _s3  # noqa: F401  the tests ask it for 
 
 logger = logging.getLogger(__name__)
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk, or of a quota, that is full."""
+
 
 def is_remote(path: str) -> bool:
     """Whether `path` names an object store."""
@@ -166,7 +169,7 @@ def write_chunks(path: str, chunks: Callable[[], Iterable[bytes | memoryview]], 
         finally:
             remove(temporary)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_SPACE:
             raise
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
         raise NoSpaceError(

@@ -21,6 +21,9 @@ from m4v_dist.config.training_settings import LoggingSettings
 
 logger = logging.getLogger(__name__)
 
+MAX_WAITING_BYTES = 2**26
+"""Rows that a full disk did not take; past it the attempt ends."""
+
 
 @dataclass
 class Ledger:
@@ -101,6 +104,7 @@ class Metrics:
         self.attempt = attempt
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._waiting = b""
         self._end_torn_line()
         self._wandb = _start_wandb(folder, settings, config)
 
@@ -141,6 +145,9 @@ class Metrics:
         Args:
             is_success: shown in W&B: the run finished, or failed.
         """
+        self._append(b"")
+        if self._waiting:
+            logger.error("%s: %d rows were never written: %r", self.path, self._waiting.count(b"\n"), self._waiting)
         os.close(self._file)
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if is_success else 1)
@@ -153,8 +160,16 @@ class Metrics:
             self._append(b"\n")
 
     def _append(self, data: bytes) -> None:
-        while data:
-            data = data[os.write(self._file, data) :]
+        """Write, or keep for the next row what a full disk does not take: training does not end for it."""
+        was_waiting, self._waiting = bool(self._waiting), self._waiting + data
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        except OSError as error:
+            if error.errno not in storage.NO_SPACE or len(self._waiting) > MAX_WAITING_BYTES:
+                raise
+            if not was_waiting:
+                logger.error("%s: %s: rows wait in memory until there is room.", self.path, error.strerror)
 
 
 def read_rows(folder: str) -> tuple[list[dict[str, Any]], int]:

@@ -131,5 +131,11 @@ class Record:
             logger.info(message, *values)
 
     def _write_ledger(self) -> None:
-        if self._mesh.is_main:
-            storage.write_json(storage.join(self._folder, "ledger.json"), self.ledger.to_json())
+        if not self._mesh.is_main:
+            return
+        path = storage.join(self._folder, "ledger.json")
+        try:
+            storage.write_json(path, self.ledger.to_json())
+        except OSError as error:
+            # The next commit writes it again, and the rows of metrics.jsonl have it at the end: no attempt ends for it.
+            logger.error("%s: %s: %s", path, type(error).__name__, error)

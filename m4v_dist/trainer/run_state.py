@@ -84,12 +84,12 @@ def load_run(path: str, engine: ZeroEngine, ema: Ema, loader: Loader, skipped: S
         state = checkpoint.read_state(path)
         random = checkpoint.read_random_state(path, mesh.rank)
         checkpoint.load(path, checkpoint_tensors(engine, ema, to_load=True), may_miss=MOMENTS)
+        stored = checkpoint.stored_names(path, MOMENTS[0])
     except DamagedCheckpointError as error:
         damage = str(error)
     found = [told for told in mesh.gather(damage) if told is not None]
     if found:
         raise DamagedCheckpointError(found[0])
-    stored = checkpoint.stored_names(path, MOMENTS[0])
     steps = steps_of_groups(engine.groups, state["optimizer_steps"], stored, where=path)
     engine.publish()
     engine.set_optimizer_steps(steps)

@@ -157,7 +157,10 @@ class Saving:
             row["tidy_error"] = report.tidy_error
         self._write("checkpoint", report.step, row)
         if self._metrics is not None and self._config.trainer.sample_every_steps:
-            publish_videos(self._config.run.folder, self._metrics)
+            try:
+                publish_videos(self._config.run.folder, self._metrics)
+            except OSError as error:
+                logger.warning("new videos were not logged: %s; the next commit tries again.", error)
 
     def fall_back(self, error: DamagedCheckpointError) -> int:
         """Pass over the checkpoint that could not be loaded, for good (collective); the step of the one before it.
@@ -204,18 +207,20 @@ class Saving:
     def _count_lost(self, damaged: str, step: int, reason: str) -> None:
         """On rank 0: steps between the two checkpoints were booked as steps that stand, and are done again."""
         rows, _ = read_rows(self._config.run.folder)
-        lost = {
+        num_lost = checkpoint.step_of(damaged) - step
+        seconds = {
             row["step"]: row["timing/step_s"]
             for row in rows
-            if row["kind"] == "train" and step <= row["step"] < checkpoint.step_of(damaged)
+            if row["kind"] == "train" and step <= row["step"] < step + num_lost
         }
-        lost_s = min(sum(lost.values()), self._ledger.step_s)
+        # With logging.every_steps=n one in n has a row, and stands for those beside it.
+        lost_s = min(num_lost * sum(seconds.values()) / max(1, len(seconds)), self._ledger.step_s)
         self._ledger.step_s -= lost_s
         self._ledger.lost_s += lost_s
         name = damaged.rsplit("/", 1)[-1]
-        row = {"checkpoint": name, "reason": reason, "resumed_from": self.saved, "lost_steps": len(lost)}
+        row = {"checkpoint": name, "reason": reason, "resumed_from": self.saved, "lost_steps": num_lost}
         self._write("damaged_checkpoint", step, {**row, "lost_s": lost_s})
-        logger.error("%s Going on from %s; %d steps are done again.", reason, self.saved, len(lost))
+        logger.error("%s Going on from %s; %d steps are done again.", reason, self.saved, num_lost)
 
     def _lap(self) -> float:
         elapsed = self._clock.lap()

@@ -171,6 +171,9 @@ class Trainer:
                 # As the engine's: a device may hold the states of one stage and not of two.
                 del self.ema
             self.record.lap_other()
+        if broken is not None:
+            # It was killed between its last commit and its end: nothing is left to do, and its loss still counts.
+            self.record.start(broken, self.step, self.saving.saved)
 
     # ---- curriculum stages
 

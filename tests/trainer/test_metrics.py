@@ -1,5 +1,6 @@
 """Rows, ledger and W&B."""
 
+import errno
 import json
 import math
 import os
@@ -52,6 +53,39 @@ def test_a_torn_line_costs_itself_only_and_the_next_row_stands_on_its_own(tmp_pa
     assert [row["attempt"] for row in rows] == [1, 2, 3]
     assert num_torn == 1
     assert b"\n\n" not in metrics.path.read_bytes()
+
+
+def test_rows_that_a_full_disk_does_not_take_wait_for_room_and_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, room = os.write, [10]
+
+    def write(file: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = whole(file, data[: room[0]])
+        room[0] -= taken
+        return taken
+
+    metrics = _metrics(tmp_path, 1)
+    monkeypatch.setattr(os, "write", write)
+    metrics.write("train", 0, {})
+    metrics.write("train", 1, {})
+    assert read_rows(str(tmp_path)) == ([], 1), "ten bytes of the first"
+    assert len(caplog.records) == 1 and "rows wait in memory" in caplog.text
+    room[0] = 10**6
+    metrics.write("train", 2, {})
+    assert [row["step"] for row in read_rows(str(tmp_path))[0]] == [0, 1, 2]
+    room[0] = 0
+    metrics.write("train", 3, {})
+    metrics.close()
+    assert "1 rows were never written" in caplog.text and '"step": 3' in caplog.text
+
+    metrics = _metrics(tmp_path, 2)
+    monkeypatch.setattr("m4v_dist.trainer.metrics.MAX_WAITING_BYTES", 100)
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(9):
+            metrics.write("train", step, {})
 
 
 def test_a_disk_that_takes_a_part_of_a_row_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

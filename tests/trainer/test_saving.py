@@ -22,7 +22,11 @@ from m4v_dist.errors import DataError, JobError, PreemptedError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.stop_request import StopRequest
 from m4v_dist.trainer import checkpoint
+from m4v_dist.trainer.attempt import Attempt
+from m4v_dist.trainer.guards import Clock
 from m4v_dist.trainer.lease import Holder, newest_lease
+from m4v_dist.trainer.metrics import Ledger, Metrics
+from m4v_dist.trainer.saving import Saving
 from m4v_dist.trainer.trainer import Trainer, TrainResult
 from tests.object_store_server import object_store
 from tests.trainer.ranks import run_ranks
@@ -203,6 +207,22 @@ def test_a_run_whose_only_checkpoint_is_damaged_ends_each_time_and_never_begins_
     assert all("There is no checkpoint before it to go on from" in answer["only_one"] for answer in answers)
     assert [row["step"] for row in rows(f"{base}/only_one", "train")] == [0, 1]
     assert checkpoint.list_committed(f"{base}/only_one/checkpoints") == ["step_00000002"]
+
+
+def test_what_a_damaged_checkpoint_costs_counts_steps_that_have_no_row(tmp_path: Path) -> None:
+    """With logging.every_steps=2, of steps 3 to 7 only 4 and 6 have one."""
+    config, mesh = toy_config(str(tmp_path)), Mesh(1, 2, torch.device("cpu"))
+    metrics = Metrics(str(tmp_path), 1, config.logging, config)
+    for step in (2, 4, 6):
+        metrics.write("train", step, {"timing/step_s": step / 2})
+    ledger = Ledger(step_s=100.0)
+    path = f"{config.checkpoint_folder}/step_00000008"
+    saving = Saving(config, mesh, Attempt(1, path, None, ledger, metrics, None, None), Clock())
+    saving.saved = f"{config.checkpoint_folder}/step_00000003"
+    saving._count_lost(path, 3, "made up")
+    (row,) = rows(str(tmp_path), "damaged_checkpoint")
+    assert (row["lost_steps"], row["lost_s"]) == (5, 12.5)
+    assert (ledger.step_s, ledger.lost_s) == (87.5, 12.5)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ Kill and resume: tests/integration/test_resume.py.
 import json
 import os
 import re
+import shutil
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,14 @@ def _more_jobs(folder: str) -> dict[str, Any]:
     except NonFiniteError as error:
         answer["gave_up"] = str(error)
         answer["exit_code"] = error.exit_code
+    if mesh.is_main:
+        # As a kill leaves it that comes between the last commit and the end.
+        shutil.copytree(f"{folder}/done", f"{folder}/killed_at_its_end")
+        written = Path(folder, "killed_at_its_end", "metrics.jsonl").read_text().splitlines(keepends=True)
+        ends = next(at for at, line in enumerate(written) if '"kind": "ledger"' in line)
+        Path(folder, "killed_at_its_end", "metrics.jsonl").write_text("".join(written[:ends]))
+    mesh.barrier()
+    answer["killed_at_its_end"] = _trainer(f"{folder}/killed_at_its_end").run().step
     answer["open_files"] = [name for name in map(os.path.realpath, glob("/proc/self/fd/*")) if "metrics.jsonl" in name]
     return answer
 
@@ -174,6 +183,15 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
 def test_a_finished_run_submitted_again_does_no_step(more: tuple[str, dict[str, Any]]) -> None:
     assert more[1]["again"] == (TOTAL, TOTAL, True)
     assert len(rows(f"{more[0]}/done", "train")) == TOTAL
+
+
+def test_a_run_that_was_killed_when_all_was_done_ends_and_books_what_that_took(
+    more: tuple[str, dict[str, Any]],
+) -> None:
+    folder = f"{more[0]}/killed_at_its_end"
+    assert more[1]["killed_at_its_end"] == TOTAL and len(rows(folder, "train")) == TOTAL
+    (restart,), (ledger,) = rows(folder, "restart"), rows(folder, "ledger")
+    assert restart["lost_steps"] == 0 and ledger["restart_s"] == restart["timing/restart_s"] > 0
 
 
 def test_start_weights_fill_a_run_without_a_checkpoint_and_never_one_that_has_one(
