@@ -14,6 +14,8 @@ Legend: `b` 1, `l` tokens of this rank, `h` heads, `p` head width, `g` groups, `
 of the tail.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,12 +80,11 @@ def cut_ssd_scan(
         return y
     steps = _step_sizes(dt[0], dt_bias, final.dtype)  # l h
     total = steps[steps.shape[0] - handover.num_left :].sum(dim=0) * A  # h
-    entering = hand_state(total[:, None, None], final[-1], handover)
-    if not handover.is_entered:
-        return tie(y, entering)
-    count = handover.num_entered
-    response = head_response(steps[:count], A, C[0, :count], entering)
-    return _add_in_front(y, response)
+
+    def response(entering: Tensor, count: int) -> Tensor:
+        return head_response(steps[:count], A, C[0, :count], entering)
+
+    return _with_entering_state(y, final, total[:, None, None], handover, response)
 
 
 def cut_selective_scan(
@@ -125,22 +126,34 @@ def cut_selective_scan(
         return y
     steps = _step_sizes(dt[0], dt_bias, final.dtype)  # l d
     total = steps[steps.shape[0] - handover.num_left :].sum(dim=0)[:, None] * A  # d n
-    entering = hand_state(total, final[-1], handover)
-    if not handover.is_entered:
-        return tie(y, entering)
-    count = handover.num_entered
-    response = channel_response(steps[:count], A, C[0, :count], entering, chunk_size=chunk_size)
-    if z is not None:
-        response = response * F.silu(z[0, :count].to(response.dtype))
-    return _add_in_front(y, response)
+
+    def response(entering: Tensor, count: int) -> Tensor:
+        given = channel_response(steps[:count], A, C[0, :count], entering, chunk_size=chunk_size)
+        return given if z is None else given * F.silu(z[0, :count].to(given.dtype))
+
+    return _with_entering_state(y, final, total, handover, response)
 
 
 def _step_sizes(dt: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
     return F.softplus(dt.to(dtype) + dt_bias.to(dtype))
 
 
-def _add_in_front(y: Tensor, response: Tensor) -> Tensor:
-    """Add what the first segment gets: 1 l ... and count ... to 1 l ..."""
-    count = response.shape[0]
-    first = (y[0, :count].to(response.dtype) + response).to(y.dtype)
+def _with_entering_state(
+    y: Tensor,  # 1 l ..., scanned from zero states
+    final: Tensor,  # state after each of this rank's segments
+    log_decay: Tensor,  # of this rank's last segment
+    handover: Handover,
+    response: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Hand the last segment's state on, and add what the state that enters gives to this rank's first segment.
+
+    Args:
+        response: of the entering state and the number of tokens; `count ...`.
+    """
+    entering = hand_state(log_decay, final[-1], handover)
+    if not handover.is_entered:
+        return tie(y, entering)
+    count = handover.num_entered
+    given = response(entering, count)
+    first = (y[0, :count].to(given.dtype) + given).to(y.dtype)
     return torch.cat([first, y[0, count:]])[None]

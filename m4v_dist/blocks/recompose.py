@@ -27,7 +27,7 @@ from m4v_dist.parallel.sequence import Counts, Handover, exchange, transposed
 
 @dataclass(frozen=True)
 class RecompositionPlan:
-    """Index tables of one layout, path and set of switches; all int64 on the device.
+    """Index tables of one layout, path and set of switches; int64 on the device but for `cu_seqlens`.
 
     Args:
         source: l, row of [text; borrowed text; video; one register row per frame] that each scanned position reads.
@@ -36,7 +36,7 @@ class RecompositionPlan:
             columns end here (all lt, where nothing is cut); None without the sandwich.
         video: lv, position of each video token.
         register_levels: f, which register stands before each frame; None without registers.
-        cu_seqlens: int32, where the columns, or what this rank holds of them, start; and the end.
+        cu_seqlens: int32 on the host, where the columns, or what this rank holds of them, start; and the end.
         cut: what goes from rank to rank; None where nothing is cut.
     """
 
@@ -127,7 +127,8 @@ def _make_plan(layout: PackedLayout, path: int, has_text_sandwich: bool, has_reg
         text_right=torch.cat(rights).to(device) if has_text_sandwich else None,
         video=video.to(device),
         register_levels=torch.tensor(levels, dtype=torch.int64, device=device) if has_registers else None,
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
+        # A scan in plain torch walks the segments in Python: from a GPU it would wait for these numbers in every block.
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         cut=cut,
     )
 

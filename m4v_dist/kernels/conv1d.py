@@ -26,7 +26,7 @@ def causal_conv1d(
         x: b l d, any float dtype; products and sum are float32 (float64 for float64).
         weight: d k, 2 <= k <= 4; the last tap multiplies the token itself.
         bias: d, or None.
-        cu_seqlens: s + 1, int32, rising from 0 to l; b must be 1.
+        cu_seqlens: s + 1, int32, rising from 0 to l, on the host or the device; b must be 1.
 
     Returns:
         b l d, dtype of x.
@@ -47,7 +47,7 @@ def causal_conv1d(
     reach = torch.arange(l, device=x.device)  # l; how many earlier tokens of its segment a token has
     if cu_seqlens is not None:
         check_cu_seqlens("causal_conv1d", cu_seqlens, x.shape[0], l)
-        starts = cu_seqlens[:-1].long()
+        starts = cu_seqlens[:-1].long().to(x.device, non_blocking=True)
         reach = reach - starts[torch.bucketize(reach, starts[1:], right=True)]
     out = values * taps[:, -1]
     for back in range(1, min(weight.shape[1], l)):

@@ -81,7 +81,7 @@ def ssd_scan(
         dt_bias: h, added to dt.
         dt_softplus: whether softplus is applied to dt.
         cu_seqlens: s + 1, int32, rising from 0 to l: where segments start. The state restarts at each; b must be 1.
-            Values are checked where the tensor lies on the CPU (a check on a GPU would wait for it).
+            Best on the host, where its values are checked and read at once: of one on a GPU plain torch waits for them.
         initial_state: b h p n, or s h p n with `cu_seqlens`; None is zero.
         chunk_size: tokens of one chunk; the loop ignores it.
         backend: which implementation runs.

@@ -63,6 +63,7 @@ def selective_scan(
         dt_bias: d, added to dt.
         dt_softplus: whether softplus is applied to dt.
         cu_seqlens: s + 1, int32, rising from 0 to l: where segments start. The state restarts at each; b must be 1.
+            Best on the host, as for `scan.ssd_scan`.
         initial_state: b d n, or s d n with `cu_seqlens`; None is zero.
         chunk_size: tokens of one chunk, whose states are in memory at once (b chunk d n); the loop ignores it.
         backend: which implementation runs.

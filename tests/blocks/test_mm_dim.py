@@ -1,11 +1,13 @@
 """The unified block: paths by number, switches, and which branch each mixer gets."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from m4v_dist.blocks.attention import AttentionMixer
+from m4v_dist.blocks.layout import PackedLayout
 from m4v_dist.blocks.mm_dim import ParallelMixer, SsmTokenMixer, UnifiedBlock, build_mixer
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.build import initialize_weights
@@ -52,6 +54,21 @@ def test_the_mixer_is_the_one_that_the_settings_name(mixer: str, kind: type, has
     assert (block.temporal_branch is not None) == has_branch
     without = UnifiedBlock(_settings(mixer=mixer, has_temporal_branch=False), KERNELS, 0)
     assert without.temporal_branch is None
+
+
+@pytest.mark.parametrize("variant", ["mamba2", "mil", "mamba1"])
+def test_a_scan_asks_the_device_for_no_number(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would make the host wait for the GPU, in every block; the meta device has none to give."""
+    # Which knows no autocast.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    settings = ModelSettings.model_validate({**_settings().model_dump(exclude={"ssm"}), "ssm": {"variant": variant}})
+    device, cpu = torch.device("meta"), mixed_layout()
+    layout = PackedLayout(cpu.columns, device)
+    mixer = build_mixer("ssm", settings, KERNELS, 3).to(device)
+    text, video = (torch.empty(n, 16, device=device, requires_grad=True) for n in (layout.num_text, layout.num_video))
+    out_text, out_video = mixer(text, video, layout)
+    (out_text.sum() + out_video.sum()).backward()
+    assert out_video.device.type == "meta" and out_video.shape == video.shape == video.grad.shape  # type: ignore[union-attr]
 
 
 def test_parallel_is_the_sum_of_both_mixers() -> None:
