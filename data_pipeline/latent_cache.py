@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data_pipeline.deterministic_tar import add_member, open_deterministic_tar
 from data_pipeline.manifest import IndexRow, read_index, write_index
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import DataError
 
@@ -100,7 +100,7 @@ class CacheShardWriter:
         start = self._tar.offset
         described = {"key": row.key, "source": row.source, "caption": row.caption, "fps": row.fps,
                      "num_frames": row.num_frames, "height_px": row.height_px, "width_px": row.width_px}  # fmt: skip
-        add_member(self._tar, f"{row.key}.{_LATENTS}", storage.tensors_to_bytes({"latents": record.latents}))
+        add_member(self._tar, f"{row.key}.{_LATENTS}", tensor_files.tensors_to_bytes({"latents": record.latents}))
         add_member(self._tar, f"{row.key}.{_TEXT}", _text_to_bytes(record.text))
         add_member(self._tar, f"{row.key}.{_JSON}", json.dumps(described, sort_keys=True).encode())
         size = self._tar.offset - start
@@ -330,7 +330,7 @@ def _parse_record(data: bytes, row: IndexRow) -> CacheRecord:
             members = {member.name.removeprefix(f"{row.key}."): tar.extractfile(member) for member in tar}
             latents_file, text_file = members[_LATENTS], members[_TEXT]
             assert latents_file is not None and text_file is not None
-            latents = storage.tensors_from_bytes(latents_file.read())["latents"]
+            latents = tensor_files.tensors_from_bytes(latents_file.read())["latents"]
             return CacheRecord(latents, _text_from_bytes(text_file.read()))
     except (tarfile.TarError, KeyError) as error:
         raise CorruptRecordError(row, f"{type(error).__name__}: {error}") from error
@@ -338,9 +338,9 @@ def _parse_record(data: bytes, row: IndexRow) -> CacheRecord:
 
 def _text_to_bytes(text: TextFeatures) -> bytes:
     # tokens are the bulk of a T5 record and come from a bf16 net; there is no mask, because there is no padding
-    return storage.tensors_to_bytes({"tokens": text.tokens.to(torch.bfloat16), "pooled": text.pooled.float()})
+    return tensor_files.tensors_to_bytes({"tokens": text.tokens.to(torch.bfloat16), "pooled": text.pooled.float()})
 
 
 def _text_from_bytes(data: bytes) -> TextFeatures:
-    tensors = storage.tensors_from_bytes(data)
+    tensors = tensor_files.tensors_from_bytes(data)
     return TextFeatures(tensors["tokens"], tensors["pooled"])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def load_weights(module: nn.Module, path: str) -> None:
         DataError: see `read_layout` and `require_layout`.
     """
     require_layout(path, read_layout(path), module.state_dict())
-    tensors = storage.read_tensors(path) if path.endswith(SAFETENSORS) else unpickle(path, "cpu")
+    tensors = tensor_files.read_tensors(path) if path.endswith(SAFETENSORS) else unpickle(path, "cpu")
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
 
 
@@ -175,14 +175,14 @@ def _describe(what: str, entries: Sequence[str]) -> list[str]:
     return [f"{len(entries)} {what} ({', '.join(entries[:_NUM_NAMED])}{more})"]
 
 
-def _open(path: str) -> storage.TensorFile:
+def _open(path: str) -> tensor_files.TensorFile:
     try:
-        return storage.TensorFile(path)
+        return tensor_files.TensorFile(path)
     except ValueError as error:
         raise DataError(f"{error} Fetch the file again.") from error
 
 
-def _tensor_file_layout(file: storage.TensorFile) -> dict[str, TensorLayout]:
+def _tensor_file_layout(file: tensor_files.TensorFile) -> dict[str, TensorLayout]:
     return {name: TensorLayout(shape, dtype) for name, (shape, dtype) in file.layout.items()}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 
 # The tensors here are small: more threads only wait for one another, above all where two cores are shared.
 torch.set_num_threads(1)
@@ -47,6 +47,6 @@ def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def load_golden(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and tensors of a golden case; bfloat16 tensors become float32 (tests/golden/README.md)."""
     description = json.loads((GOLDEN / f"{case}.json").read_text())
-    tensors = storage.read_tensors(str(GOLDEN / f"{case}.safetensors"))
+    tensors = tensor_files.read_tensors(str(GOLDEN / f"{case}.safetensors"))
     cast = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
     return description, cast

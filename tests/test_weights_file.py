@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m4v_dist import storage
+from m4v_dist import tensor_files
 from m4v_dist.errors import DataError
 from m4v_dist.weights_file import PICKLES, TensorLayout, load_weights, read_layout, sha256
 
@@ -19,7 +19,7 @@ def tensors(**changed: Tensor | None) -> dict[str, Tensor]:
 
 def write(path: Path, values: dict[str, Tensor]) -> str:
     if path.suffix == ".safetensors":
-        storage.write_tensors(str(path), values)
+        tensor_files.write_tensors(str(path), values)
     else:
         torch.save(values, path)
     return str(path)

@@ -27,7 +27,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.latent_normalization import LatentNormalization
 from m4v_dist.weights_file import SAFETENSORS, read_layout, require_layout
@@ -57,7 +57,7 @@ class PcaWeights:
 
     def to_bytes(self) -> bytes:
         """Safetensors bytes; one metadata key, because the order of several is not fixed."""
-        return storage.tensors_to_bytes(self.tensors, {"provenance": json.dumps(self.provenance, sort_keys=True)})
+        return tensor_files.tensors_to_bytes(self.tensors, {"provenance": json.dumps(self.provenance, sort_keys=True)})
 
 
 class PcaCodec:
@@ -105,7 +105,7 @@ class PcaCodec:
     @classmethod
     def from_bytes(cls, data: bytes) -> "PcaCodec":
         """Build from the bytes of a whole file of `PcaWeights`."""
-        return cls(storage.tensors_from_bytes(data), hashlib.sha256(data).hexdigest())
+        return cls(tensor_files.tensors_from_bytes(data), hashlib.sha256(data).hexdigest())
 
     def fingerprint(self) -> dict[str, str]:
         """Name, sha256 of the weight file, and geometry: what makes two caches exchangeable."""

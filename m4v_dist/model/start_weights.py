@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.blocks.lora import is_adapter
 from m4v_dist.config.model_settings import ModelSettings
 from m4v_dist.config.schema import RunConfig
@@ -33,7 +33,7 @@ def write_start_weights(path: str, model: nn.Module, config: RunConfig) -> None:
         config: what the model was imported under.
     """
     base = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
-    storage.stream_tensors(path, base, _metadata(config))
+    tensor_files.stream_tensors(path, base, _metadata(config))
 
 
 def check_start_weights(config: RunConfig, model: nn.Module) -> None:
@@ -57,7 +57,7 @@ def check_start_weights(config: RunConfig, model: nn.Module) -> None:
         )
     layout = read_layout(path)
     base = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
-    found = storage.read_tensor_metadata(path)
+    found = tensor_files.read_tensor_metadata(path)
     _require_same_model(path, json.loads(found.get(_MODEL, "{}")), config.model)
     require_layout(path, layout, base, "Run jobs.import_checkpoint again with this config.")
     wanted = _metadata(config)

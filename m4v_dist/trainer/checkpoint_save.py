@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.config.load import config_to_json
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import DamagedCheckpointError, RunInUseError
@@ -87,7 +87,7 @@ def write_share(save: Save) -> None:
     layout = {
         f"{key}@{start}": ((length,), torch.float32) for key, parts in snapshot.parts.items() for start, length in parts
     }
-    header = storage.tensor_header(layout)
+    header = tensor_files.tensor_header(layout)
     at = len(header)
     parts_at: dict[str, list[tuple[int, int, int]]] = {}
     for key, parts in snapshot.parts.items():

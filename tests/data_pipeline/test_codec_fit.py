@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.codec_fit import measure
 from jobs.fit_codec import main
-from m4v_dist import storage
+from m4v_dist import tensor_files
 from m4v_dist.frozen.pca_codec import PcaCodec
 
 
@@ -40,7 +40,7 @@ def clip_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_fit_states_the_psnr_that_its_held_out_clips_give(clip_list: Path, tmp_path: Path) -> None:
     out = tmp_path / "codec.safetensors"
     assert main(["--clips", str(clip_list), "--out", str(out), "--channels", "6"]) == 0
-    provenance = json.loads(storage.read_tensor_metadata(str(out))["provenance"])
+    provenance = json.loads(tensor_files.read_tensor_metadata(str(out))["provenance"])
     assert provenance["training_clips"] == ["train"] and provenance["held_out_clips"] == ["held_out"]
     held_out = json.loads(clip_list.read_text())["clips"][1:]
     figures = measure(PcaCodec.from_bytes(out.read_bytes()), held_out, 64)

@@ -12,7 +12,7 @@ import webdataset
 
 from data_pipeline.latent_cache import CacheRecord, CacheShardWriter, CorruptRecordError, LatentCache, index_path
 from data_pipeline.manifest import read_index
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import DataError
 from tests.data_pipeline.made_cache import FINGERPRINT, MadeSource, made_row, make_cache
@@ -37,7 +37,7 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
     folder = make_cache(str(tmp_path), SOURCES)
     samples = list(webdataset.WebDataset(f"{folder}/shards/vid.tar", shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [f"vid{n:03d}" for n in range(5)]
-    latents = storage.tensors_from_bytes(samples[2]["latents.safetensors"])["latents"]
+    latents = tensor_files.tensors_from_bytes(samples[2]["latents.safetensors"])["latents"]
     assert float(latents[0, 0, 0, 0]) == 16.0
     assert json.loads(samples[2]["json"])["caption"] == "caption 2"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.frozen.causal_video_vae import CausalVideoVae, CausalVideoVaeConfig
 from m4v_dist.frozen.causal_video_vae_layers import LevelSizes
 from tests.conftest import GOLDEN, load_golden
@@ -68,7 +68,7 @@ def write_release(folder: Path, file: str = "diffusion_pytorch_model.safetensors
     kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
     storage.write_json(str(folder / "config.json"), released_config(config_of(DESCRIPTION)))
     if file.endswith(".safetensors"):
-        storage.write_tensors(str(folder / file), kept)
+        tensor_files.write_tensors(str(folder / file), kept)
     else:
         torch.save(kept, folder / file)
     return str(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from m4v_dist import storage
+from m4v_dist import tensor_files
 
 WORDS = ("a", "fox", "runs", "over", "the", "snow")
 T5_WIDTH, CLIP_WIDTH = 24, 16
@@ -40,9 +40,9 @@ def make_text_release(folder: Path, *, dtype: torch.dtype = torch.float32, shard
 
 def _name_as_released(weights: Path) -> None:
     """Released CLIP text weights carry a prefix that transformers 5 no longer writes."""
-    tensors = storage.read_tensors(str(weights))
+    tensors = tensor_files.read_tensors(str(weights))
     named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
-    storage.write_tensors(str(weights), named, {"format": "pt"})
+    tensor_files.write_tensors(str(weights), named, {"format": "pt"})
 
 
 def _t5_tokenizer() -> T5Tokenizer:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.config.data_settings import CodecSettings
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.latent_normalization import LatentNormalization
@@ -79,9 +79,9 @@ def test_shapes_that_break_the_rules_are_refused(codec: PcaCodec, shape: tuple[i
 
 def test_the_fingerprint_follows_the_weights(codec: PcaCodec, tmp_path: Path) -> None:
     assert build_codec(CodecSettings()).fingerprint() == codec.fingerprint()
-    tensors = storage.read_tensors(EMBEDDED_WEIGHTS)
+    tensors = tensor_files.read_tensors(EMBEDDED_WEIGHTS)
     tensors["later_mean"] += 1e-3
-    storage.write_tensors(f"{tmp_path}/other.safetensors", tensors)
+    tensor_files.write_tensors(f"{tmp_path}/other.safetensors", tensors)
     other = build_codec(CodecSettings(weights=f"{tmp_path}/other.safetensors")).fingerprint()
     assert {name for name in other if other[name] != codec.fingerprint()[name]} == {"codec_weights_sha256"}
 
@@ -89,7 +89,7 @@ def test_the_fingerprint_follows_the_weights(codec: PcaCodec, tmp_path: Path) ->
 def test_missing_and_foreign_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         build_codec(CodecSettings(weights=f"{tmp_path}/none.safetensors"))
-    storage.write_tensors(f"{tmp_path}/x.safetensors", {"weight": torch.zeros(2)})
+    tensor_files.write_tensors(f"{tmp_path}/x.safetensors", {"weight": torch.zeros(2)})
     with pytest.raises(DataError, match=r"codec.weights=.*x.safetensors: .*8 missing \(first_basis, .* and 3 more\)"):
         build_codec(CodecSettings(weights=f"{tmp_path}/x.safetensors"))
     (tmp_path / "x.safetensors").write_text("no tensors")
@@ -101,8 +101,8 @@ def test_missing_and_foreign_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_wrong_shape_are_named_with_both(tmp_path: Path) -> None:
-    tensors = storage.read_tensors(EMBEDDED_WEIGHTS) | {"first_mean": torch.zeros(3)}
-    storage.write_tensors(f"{tmp_path}/x.safetensors", tensors)
+    tensors = tensor_files.read_tensors(EMBEDDED_WEIGHTS) | {"first_mean": torch.zeros(3)}
+    tensor_files.write_tensors(f"{tmp_path}/x.safetensors", tensors)
     with pytest.raises(DataError, match=r"first_mean: file \[3\], wanted \[192\]"):
         build_codec(CodecSettings(weights=f"{tmp_path}/x.safetensors"))
 
@@ -145,7 +145,7 @@ def test_the_stated_psnr_is_what_unseen_clips_give(codec: PcaCodec) -> None:
     from data_pipeline.codec_fit import measure
     from jobs.fit_codec import CLIP_LIST
 
-    provenance = json.loads(storage.read_tensor_metadata(EMBEDDED_WEIGHTS)["provenance"])
+    provenance = json.loads(tensor_files.read_tensor_metadata(EMBEDDED_WEIGHTS)["provenance"])
     held_out = [clip for clip in storage.read_json(CLIP_LIST)["clips"] if clip["split"] == "held_out"]
     assert [clip["stem"] for clip in held_out] == provenance["held_out_clips"]
     assert not set(provenance["held_out_clips"]) & set(provenance["training_clips"])

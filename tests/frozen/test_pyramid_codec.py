@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from m4v_dist import storage
+from m4v_dist import tensor_files
 from m4v_dist.config.data_settings import CodecSettings
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.causal_video_vae import RELEASED
@@ -161,7 +161,7 @@ def test_asking_for_statistics_and_fingerprint_reads_no_weights(folder: str, mon
     def refuse(path: str) -> dict[str, Tensor]:
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr(storage, "read_tensors", refuse)
+    monkeypatch.setattr(tensor_files, "read_tensors", refuse)
     codec = build_codec(CodecSettings(kind="pyramid", weights=folder))
     assert codec.fingerprint()["codec"] == "pyramid" and codec.normalization.first_std[0] == 1.8726
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from m4v_dist import storage
+from m4v_dist import tensor_files
 from m4v_dist.config.data_settings import TextEncoderSettings
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.t5_clip_encoder import T5ClipEncoder, count_t5_tokens
@@ -199,9 +199,9 @@ def test_what_is_no_local_folder_is_exit_2(folder: str) -> None:
 
 
 def _change_weights(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = storage.read_tensors(str(path))
+    tensors = tensor_files.read_tensors(str(path))
     change(tensors)
-    storage.write_tensors(str(path), tensors, {"format": "pt"})
+    tensor_files.write_tensors(str(path), tensors, {"format": "pt"})
 
 
 _LAST = "encoder.final_layer_norm.weight"

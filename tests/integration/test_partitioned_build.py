@@ -13,7 +13,7 @@ from m4v_dist.config.model_settings import KernelSettings
 from m4v_dist.config.training_settings import TrainerSettings
 from m4v_dist.model.build import build_model, build_on_meta, model_parts
 from m4v_dist.parallel.mesh import Mesh
-from m4v_dist.storage import stream_tensors
+from m4v_dist.tensor_files import stream_tensors
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine, partition
 from m4v_dist.weights_file import WeightsFile, fill_weights
 from tests.model.test_pyramid import TINY, _columns

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from m4v_dist import storage
+from m4v_dist import tensor_files
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.config.training_settings import ObjectiveSettings
 from m4v_dist.model.build import build_model, build_on_meta
@@ -50,7 +50,7 @@ def test_a_warm_started_model_beats_a_random_one_after_the_same_few_steps(tmp_pa
     source = build_model(_settings(mixer="attention"), KERNELS, seed=0)
     _train(source, clips, NUM_PRETRAINING_STEPS, learning_rate=2e-3)
     upstream = {to_pyramidflow_name(name): tensor for name, tensor in source.state_dict().items()}
-    storage.write_tensors(str(tmp_path / "diffusion_pytorch_model.safetensors"), upstream)
+    tensor_files.write_tensors(str(tmp_path / "diffusion_pytorch_model.safetensors"), upstream)
     figures: dict[str, Any] = {"attention": [_loss(source, clips), _loss(source, unseen)]}
     for variant in ("mamba2", "mil", "mamba1"):
         after = {}

@@ -15,7 +15,7 @@ from data_pipeline.latent_cache import LatentCache
 from jobs import cli
 from jobs.import_checkpoint import import_checkpoint
 from jobs.train import build_loader, check_run_folder, train, train_on_rank
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.config.load import config_to_json, parse_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError, PreemptedError
@@ -43,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
         for name, tensor in weights.items()
     }
     folder = str(tmp_path_factory.mktemp("release") / RELEASE)
-    storage.write_tensors(f"{folder}/diffusion_pytorch_model.safetensors", released)
+    tensor_files.write_tensors(f"{folder}/diffusion_pytorch_model.safetensors", released)
     storage.write_json(f"{folder}/config.json", {"_class_name": "PyramidFluxTransformer"})
     return folder
 
@@ -103,11 +103,11 @@ def test_the_command_writes_every_parameter_and_a_report_that_adds_up(source: st
     toml.write_text(to_toml(config.model_dump(mode="json", exclude_none=True)))
     assert cli.main("import_checkpoint", import_checkpoint, "x", ["--config", str(toml)]) == 0
     assert _files(tmp_path / "run") == ["result.json", "warm_start/report.json", "warm_start/weights.safetensors"]
-    written = storage.read_tensors(f"{tmp_path}/run/warm_start/weights.safetensors")
+    written = tensor_files.read_tensors(f"{tmp_path}/run/warm_start/weights.safetensors")
     fresh = build_model(config.model, config.kernels, seed=7).state_dict()
     assert {name: tensor.shape for name, tensor in written.items()} == {n: t.shape for n, t in fresh.items()}
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in written.values())
-    released = storage.read_tensors(f"{source}/diffusion_pytorch_model.safetensors")
+    released = tensor_files.read_tensors(f"{source}/diffusion_pytorch_model.safetensors")
     assert torch.equal(
         written["double_blocks.0.text.to_out.bias"], released["transformer_blocks.0.attn.to_add_out.bias"]
     )
@@ -134,9 +134,9 @@ def _cut(path: str) -> None:
 def test_bad_input_of_the_command_gives_its_code_and_last_line(
     source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    released = storage.read_tensors(f"{source}/diffusion_pytorch_model.safetensors")
+    released = tensor_files.read_tensors(f"{source}/diffusion_pytorch_model.safetensors")
     cut = str(tmp_path / "cut.safetensors")
-    storage.write_tensors(cut, released)
+    tensor_files.write_tensors(cut, released)
     _cut(cut)
     cases = {
         "": (2, "ConfigError: .*warm_start.source is not set.*warm_start.source=..."),

@@ -12,7 +12,7 @@ import torch
 from jobs import cli
 from jobs.import_checkpoint import import_checkpoint
 from jobs.sample import require_something_to_sample, sample
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.batch import derive_seed
 from m4v_dist.config.load import parse_config
 from m4v_dist.config.schema import RunConfig
@@ -54,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     """PyramidFlow's transformer as released, in the model's sizes."""
     folder = str(tmp_path_factory.mktemp("release") / "diffusion_transformer_384p")
     weights = {to_pyramidflow_name(name): tensor for name, tensor in _model(_config("r", "s")).state_dict().items()}
-    storage.write_tensors(f"{folder}/diffusion_pytorch_model.safetensors", weights)
+    tensor_files.write_tensors(f"{folder}/diffusion_pytorch_model.safetensors", weights)
     return folder
 
 
@@ -149,7 +149,7 @@ def test_start_weights_of_a_model_of_the_same_shapes_are_refused_too(
 def test_start_weights_of_before_are_compared_by_their_shapes(source: str, run: str) -> None:
     """Their metadata does not say for which model they are."""
     path = f"{run}/warm_start/weights.safetensors"
-    storage.write_tensors(path, storage.read_tensors(path), {"warm_start.source": source, "run.seed": "42"})
+    tensor_files.write_tensors(path, tensor_files.read_tensors(path), {"warm_start.source": source, "run.seed": "42"})
     sample(_config(run, source), True)
     with pytest.raises(DataError, match=r"weights.safetensors: .*missing \(single_blocks.1.*Run jobs.import_"):
         sample(_config(run, source, model={"num_single_blocks": 2}), True)
@@ -165,7 +165,7 @@ def test_a_codec_or_text_encoder_that_the_model_is_not_made_for_is_exit_2_with_b
         run, source = str(tmp_path / "-".join(model)), str(tmp_path / "release" / "-".join(model))
         config = _config(run, source, model=model)
         released = {to_pyramidflow_name(name): tensor for name, tensor in _model(config).state_dict().items()}
-        storage.write_tensors(f"{source}/diffusion_pytorch_model.safetensors", released)
+        tensor_files.write_tensors(f"{source}/diffusion_pytorch_model.safetensors", released)
         import_checkpoint(config, False)
         with pytest.raises(ConfigError, match=message):
             sample(config, False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m4v_dist import storage
+from m4v_dist import tensor_files
 from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.model.checkpoint_files import CheckpointReader, find_files
 
@@ -31,7 +31,7 @@ def _halves() -> list[dict[str, Tensor]]:
 
 
 def _one_safetensors(folder: Path) -> None:
-    storage.write_tensors(str(folder / f"{STEM}.safetensors"), WEIGHTS)
+    tensor_files.write_tensors(str(folder / f"{STEM}.safetensors"), WEIGHTS)
     (folder / "config.json").write_text("{}")
 
 
@@ -45,7 +45,7 @@ def _one_old_pickle(folder: Path) -> None:
 
 def _shards(folder: Path) -> None:
     for name, part in zip(_shard_names(".safetensors"), _halves(), strict=True):
-        storage.write_tensors(str(folder / name), part)
+        tensor_files.write_tensors(str(folder / name), part)
 
 
 def _indexed_pickles(folder: Path) -> None:
@@ -124,12 +124,12 @@ def _an_index_of_another_kind(folder: Path) -> None:
 
 def _two_checkpoints(folder: Path) -> None:
     _one_safetensors(folder)
-    storage.write_tensors(str(folder / "ema.safetensors"), WEIGHTS)
+    tensor_files.write_tensors(str(folder / "ema.safetensors"), WEIGHTS)
 
 
 def _shards_that_overlap(folder: Path) -> None:
     for name in _shard_names(".safetensors"):
-        storage.write_tensors(str(folder / name), WEIGHTS)
+        tensor_files.write_tensors(str(folder / name), WEIGHTS)
 
 
 def _cut(name: str, length: int) -> Callable[[Path], None]:
@@ -148,7 +148,7 @@ def _more_than_tensors(folder: Path) -> None:
 def _not_finite(folder: Path) -> None:
     tensor = WEIGHTS["a.weight"].clone()
     tensor[0, :2] = torch.nan
-    storage.write_tensors(str(folder / f"{STEM}.safetensors"), WEIGHTS | {"a.weight": tensor})
+    tensor_files.write_tensors(str(folder / f"{STEM}.safetensors"), WEIGHTS | {"a.weight": tensor})
 
 
 def _a_header_that_lies(folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m4v_dist import storage
+from m4v_dist import tensor_files
 from m4v_dist.blocks.attention import AttentionMixer
 from m4v_dist.blocks.mamba1_mixer import Mamba1Mixer
 from m4v_dist.blocks.ssm_mixer import MilMixer, SsmMixer
@@ -128,7 +128,7 @@ def test_the_golden_transformer_read_from_a_file_gives_its_outputs(
 ) -> None:
     description, tensors = golden
     path = str(tmp_path / "diffusion_pytorch_model.safetensors")
-    storage.write_tensors(path, {prefix + name: tensor for name, tensor in weights_of(tensors).items()})
+    tensor_files.write_tensors(path, {prefix + name: tensor for name, tensor in weights_of(tensors).items()})
     model = build_model(settings_of(description["config"]), KERNELS, seed=0)
     assert isinstance(model, PyramidModel)
     reader = CheckpointReader(find_files(str(tmp_path), "here"))
@@ -382,7 +382,7 @@ def test_a_checkpoint_that_is_not_this_model_s_is_refused_by_name_before_a_tenso
     weights = weights_of(tensors)
     harm(weights)
     path = str(tmp_path / "bad.safetensors")
-    storage.write_tensors(path, weights)
+    tensor_files.write_tensors(path, weights)
     model = build_on_meta(settings_of(description["config"], mixer=mixer, **_ssm(description, "mamba2")), KERNELS)
     with pytest.raises(DataError, match=rf"bad.safetensors: .*{message}"):
         plan_warm_start(model, CheckpointReader([path]).layout, path)

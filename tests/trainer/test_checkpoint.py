@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m4v_dist import storage
+from m4v_dist import storage, tensor_files
 from m4v_dist.errors import DamagedCheckpointError, DataError, RunInUseError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
@@ -131,7 +131,7 @@ def test_any_ranges_of_any_ranks_load_as_any_others(tmp_path: Path, seed: int, m
 def test_the_files_are_safetensors_named_by_key_and_first_element(saved: str) -> None:
     files = sorted(Path(saved, "attempt_0001").glob("rank_*.safetensors"))
     assert [file.name for file in files] == [f"rank_{rank:05d}.safetensors" for rank in range(3)]
-    found = {name: values for file in files for name, values in storage.read_tensors(str(file)).items()}
+    found = {name: values for file in files for name, values in tensor_files.read_tensors(str(file)).items()}
     assert torch.equal(found["weights/a@5"], _whole()["a"].reshape(-1)[5:10])
     assert torch.equal(found["ema/c@6"], -_whole()["c"][6:])
 
