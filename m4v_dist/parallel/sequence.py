@@ -18,6 +18,7 @@ sequence ranks counted. Only sums of *values* over ranks must take each data ran
 The order of the collectives must be the same on all ranks, in backward too. Autograd walks a graph against the order in
 which it was made, so it is, provided that each rank's graph holds the same exchanges: a rank that gets no rows, or has
 no tokens at all, must take part. `tie` keeps an answer of no rows in the graph.
+torch.compile keeps out of it: traced, the ranks of a compiled block were seen to send what others did not expect.
 
 Legend: `l` tokens of this rank, `d` channels, `n` heads, `s` sequence ranks.
 """
@@ -55,6 +56,7 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: Any) 
     return out
 
 
+@torch.compiler.disable
 def exchange(rows: Tensor, counts: Counts, sequence: SequenceGroup) -> Tensor:
     """Give rows to the ranks of the group and get theirs (collective, and so is its backward).
 
@@ -89,6 +91,7 @@ class _Tie(torch.autograd.Function):
         return grads[0], torch.zeros_like(ctx.saved_tensors[0])
 
 
+@torch.compiler.disable
 def tie(tensor: Tensor, unused: Tensor) -> Tensor:
     """Return `tensor`, with `unused` in its graph, so that backward calls the exchange that made it."""
     return _Tie.apply(tensor, unused)  # type: ignore[no-any-return]
@@ -106,6 +109,7 @@ class _Share(torch.autograd.Function):
         return grads[0].narrow(0, ctx.start, ctx.length), None, None
 
 
+@torch.compiler.disable
 def share_rows(rows: Tensor, lengths: Sequence[int], sequence: SequenceGroup) -> Tensor:
     """Give every rank the rows of all, in rank order, for a loss that every rank computes alike (collective).
 

@@ -10,7 +10,16 @@ from m4v_dist.blocks.cut_scan import cut_conv1d, cut_ssd_scan
 from m4v_dist.kernels.conv1d import causal_conv1d
 from m4v_dist.kernels.scan import ssd_scan
 from m4v_dist.parallel.mesh import Mesh, SequenceGroup
-from m4v_dist.parallel.sequence import Handover, exchange, hand_tail, heads_to_tokens, share_rows, tokens_to_heads
+from m4v_dist.parallel.sequence import (
+    Handover,
+    exchange,
+    hand_state,
+    hand_tail,
+    heads_to_tokens,
+    share_rows,
+    tie,
+    tokens_to_heads,
+)
 from tests.trainer.ranks import run_ranks
 
 HEADS, WIDTH, GROUPS, STATE, TAPS = 6, 4, 1, 5, 4
@@ -176,3 +185,31 @@ def test_where_no_cut_goes_through_a_segment_nothing_is_sent() -> None:
     handover = Handover(SequenceGroup(0, 2), (None, None), (None, None), (2, 3), (2, 3))
     assert not handover.is_cut
     assert hand_tail(torch.zeros(2, 4), 3, handover).shape == (0, 4)
+
+
+def _compiled_job() -> list[tuple[Tensor, Tensor]]:
+    """Tail and state over a cut, forward and backward: in eager, and as each rank compiles it for itself."""
+    sequence = Mesh.of_process_group(use_gpu=False, sequence_size=2).sequence
+    handover = Handover(sequence, (None, 0), (0, None), (5, 4), (5, 4))
+
+    def body(tokens: Tensor) -> Tensor:
+        tail = hand_tail(tokens, 3, handover)
+        entering = hand_state(-tokens.abs().sum()[None], tokens.sum(0), handover)
+        if handover.is_entered:
+            return tokens + tail.sum(0) + entering
+        return tie(tie(tokens, tail), entering)
+
+    answers = []
+    for function in (body, torch.compile(body, backend="aot_eager", dynamic=True)):
+        tokens = torch.arange(10.0).view(5, 2)[sequence.rank :].clone().requires_grad_()
+        answer = function(tokens)
+        answer.square().sum().backward()
+        assert tokens.grad is not None
+        answers.append((answer.detach(), tokens.grad))
+    return answers
+
+
+def test_what_ranks_hand_on_does_not_depend_on_what_each_of_them_compiles() -> None:
+    for eager, compiled in run_ranks(_compiled_job, 2):
+        for one, other in zip(eager, compiled, strict=True):
+            assert torch.equal(one, other)
