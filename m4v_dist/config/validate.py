@@ -35,6 +35,7 @@ def validate(config: RunConfig) -> None:
             f"{config.trainer.zero_stage} and {workers}: use the number of GPUs in a node, or 1."
         )
     _validate_elastic(config)
+    _validate_windows(config)
     if config.trainer.compile == "blocks" and config.model.recompute == "selective":
         raise ConfigError(
             'trainer.compile="blocks" hides the linears from model.recompute="selective", which would keep nothing of '
@@ -118,6 +119,29 @@ def _validate_elastic(config: RunConfig) -> None:
                 f"leave any number of ranks, and groups of {size} need a multiple; leave out launch.min_workers, or "
                 f"set {name}=1."
             )
+
+
+def _validate_windows(config: RunConfig) -> None:
+    """What would never come, and is missed only when it was needed."""
+    trainer, last = config.trainer, config.total_steps - 1
+    if trainer.profile is not None:
+        stray = [rank for rank in trainer.profile.ranks if not 0 <= rank < config.launch.num_workers]
+        if stray:
+            raise ConfigError(
+                f"trainer.profile.ranks names {stray}, but launch.num_workers={config.launch.num_workers} has ranks 0 "
+                f"to {config.launch.num_workers - 1}; name ranks that there are."
+            )
+        if trainer.profile.start_step > last:
+            raise ConfigError(
+                f"trainer.profile.start_step={trainer.profile.start_step} is past the curriculum's last step {last}; "
+                "begin the window earlier."
+            )
+    if trainer.keep_every_steps % trainer.checkpoint_every_steps:
+        raise ConfigError(
+            f"trainer.keep_every_steps={trainer.keep_every_steps} is no multiple of trainer.checkpoint_every_steps="
+            f"{trainer.checkpoint_every_steps}, so most of what should stay is never saved; use "
+            f"{(trainer.keep_every_steps // trainer.checkpoint_every_steps + 1) * trainer.checkpoint_every_steps}."
+        )
 
 
 def _divisors(number: int) -> str:

@@ -239,7 +239,8 @@ class LeaseKeeper:
             if lease is not None and lease.holder.id == self._holder.id:
                 renewed = replace(lease, heartbeat=time.time(), is_released=is_released)
                 storage.write_json(_path(self._folder, lease.number), renewed.to_json())
-        except OSError as error:
+        # ValueError: a claim that is not whole yet, on a mount without hard links.
+        except (OSError, ValueError) as error:
             # Training goes on: whether the lease is still held is asked at each commit.
             logger.warning("%s: the lease could not be renewed: %s", self._folder, error)
 

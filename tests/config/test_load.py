@@ -132,6 +132,20 @@ def test_curriculum_stage_that_contradicts_other_sections_is_refused(change: dic
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("trainer", "words"),
+    [
+        ({"profile": {"start_step": 3, "ranks": [0, 2]}}, r"profile.ranks names \[2\].*num_workers=2 .*0 to 1"),
+        ({"profile": {"start_step": 10}}, r"profile.start_step=10 is past the curriculum's last step 9"),
+        ({"keep_every_steps": 2500}, r"keep_every_steps=2500 is no .*checkpoint_every_steps=1000.*use 3000"),
+    ],
+    ids=["a trace of a rank that is not there", "a trace past the end", "checkpoints that are never saved"],
+)
+def test_what_would_never_come_is_refused(trainer: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config({**run_values(), "trainer": trainer}, where="test")
+
+
 def test_missing_file_and_broken_toml_are_config_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such config file"):
         load_config(str(tmp_path / "none.toml"))

@@ -136,6 +136,20 @@ def test_of_drivers_that_claim_at_the_same_moment_one_wins(folder: str) -> None:
     assert all(f"host-of-{won[0].holder.id}" in error for error in refused)
 
 
+def test_a_claim_that_is_not_whole_yet_does_not_end_the_heartbeat(tmp_path: Path) -> None:
+    """As a mount without hard links shows it for a moment."""
+    holder, folder = _elsewhere("a"), str(tmp_path)
+    claimed = claim(folder, holder, above=0, timeout_s=TIMEOUT_S)
+    torn = tmp_path / "leases" / "lease_0002.json"
+    torn.write_text('{"number": 2, "no')
+    with LeaseKeeper(folder, holder, 0.1):
+        time.sleep(0.3)
+        torn.unlink()
+        time.sleep(0.3)
+        renewed = newest_lease(folder)
+        assert renewed is not None and renewed.heartbeat > claimed.heartbeat + 0.2
+
+
 def test_a_lease_that_was_removed_by_hand_is_lost(tmp_path: Path) -> None:
     lease = claim(str(tmp_path), _elsewhere("a"), above=0, timeout_s=60.0)
     storage.remove(f"{tmp_path}/leases")
