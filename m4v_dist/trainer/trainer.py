@@ -214,8 +214,11 @@ class Trainer:
             if every.replica_check_every_steps and self.step % every.replica_check_every_steps == 0:
                 # Before a save: weights that differ are not kept.
                 self._check_replicas()
-            if self.step == self.config.total_steps:
-                # Before the last commit: a kill between the two would leave a finished run without its figure.
+            is_stopping = self.order in (Order.SAVE_AND_END, Order.END)
+            is_at_boundary = self.step == curriculum_stage.stop and not is_stopping
+            if self.step == self.config.total_steps or (is_at_boundary and self._is_validation_due(self.step)):
+                # While this engine is there; and before the last commit: a kill between the two would leave a finished
+                # run without its figure.
                 self.held_out_loss = self._validate()
             if self.order is Order.END:
                 raise PreemptedError(self._goodbye(f"not saved; {self.saving.give_up() or 'nothing'} stands"))
@@ -228,12 +231,12 @@ class Trainer:
                 self.saving.settle(self.step)
             if self.order is Order.SAVE_AND_END and self.step < self.config.total_steps:
                 raise PreemptedError(self._goodbye(f"saved: {self.saving.saved}"))
-            if self._is_validation_due(curriculum_stage, self.step):
+            if self.step < curriculum_stage.stop and self._is_validation_due(self.step):
                 self._validate()
 
-    def _is_validation_due(self, curriculum_stage: CurriculumStage, step: int) -> bool:
+    def _is_validation_due(self, step: int) -> bool:
         every = self.config.trainer.validate_every_steps
-        return every > 0 and step % every == 0 and step < curriculum_stage.stop
+        return step == self.config.total_steps or (every > 0 and step % every == 0)
 
     def _goodbye(self, what_stands: str) -> str:
         reason = self.mesh.from_main(self.stopping.reason)
@@ -262,7 +265,7 @@ class Trainer:
             self.meter.end()
         order = Order.GO_ON
         if self.mesh.is_main:
-            upcoming_s = self.validation_s if self._is_validation_due(curriculum_stage, self.step + 1) else 0.0
+            upcoming_s = self.validation_s if self._is_validation_due(self.step + 1) else 0.0
             order = self.stopping.order(
                 self.stop_requests(), upcoming_s=upcoming_s, saving_since=self.saving.saving_since
             )

@@ -156,7 +156,7 @@ def _more_jobs(folder: str) -> dict[str, Any]:
         slot_losses[1] = torch.nan if batch.slots[0].index == 6 else slot_losses[1]
         return ToyOutput(output.loss * torch.nan, output.metrics, slot_losses)
 
-    _trainer(f"{folder}/skips", objective=nan_on_one_rank).run()
+    _trainer(f"{folder}/skips", objective=nan_on_one_rank, validate_every_steps=2).run()
     try:
         _trainer(f"{folder}/gives_up", objective=nan_on_one_rank, max_skipped_steps=1).run()
     except NonFiniteError as error:
@@ -218,6 +218,13 @@ def test_a_nan_on_one_rank_is_logged_as_nan_and_skipped(more: tuple[str, dict[st
     assert found[-1]["train/skipped_steps"] == 2
     steps = checkpoint.read_state(str(checkpoint.newest_committed(f"{more[0]}/skips/checkpoints")))["optimizer_steps"]
     assert steps["rest/decay"] == TOTAL - 2
+
+
+def test_a_held_out_loss_that_is_due_at_a_boundary_is_taken_there_too(more: tuple[str, dict[str, Any]]) -> None:
+    assert [row["step"] for row in rows(f"{more[0]}/skips", "held_out")] == [0, 2, 4, 6, 8, TOTAL]
+    written = Path(more[0], "skips", "metrics.jsonl").read_text().splitlines()
+    kinds = [(row["kind"], row["step"]) for row in map(json.loads, written)]
+    assert kinds.index(("held_out", 4)) < kinds.index(("checkpoint", 4)) < kinds.index(("stage", 4))
 
 
 def test_a_skipped_step_names_the_record_whose_loss_was_not_finite(more: tuple[str, dict[str, Any]]) -> None:
