@@ -267,7 +267,7 @@ def disk_full(scene: Scene) -> Outcome:
             filler.unlink()
             codes = (scene.end(process),)
         failed = rows(scene.folder, "failed_save")
-        assert all("NoSpaceError" in row["failures"][0] for row in failed)
+        assert all("No space left on device" in row["failures"][0] for row in failed), failed
         # Compared after the disk is gone.
         kept = shutil.copytree(disk / "checkpoints", scene.base / "kept")
     names = ", ".join(row["checkpoint"] for row in failed)

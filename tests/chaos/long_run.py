@@ -112,6 +112,7 @@ class Distance:
         loss: largest relative difference of a step's loss, over all rows of both, redone steps included.
         weights: of all weights as one vector, the norm of the difference over the norm.
         average: the same of their moving average.
+        norm: the same of the gradients' norms as of the losses.
         is_bit_identical: losses, gradient norms, weights, average, and all that was saved with them (loader, counters,
             shapes) but the number of ranks, to the last bit.
     """
@@ -119,12 +120,13 @@ class Distance:
     loss: float
     weights: float
     average: float
+    norm: float
     is_bit_identical: bool
 
     @property
     def largest(self) -> float:
-        """Of the three."""
-        return max(self.loss, self.weights, self.average)
+        """Of the four."""
+        return max(self.loss, self.weights, self.average, self.norm)
 
 
 def distance(
@@ -159,6 +161,7 @@ def distance(
         max(abs(loss - other) / abs(other) for (loss, _), (other, _) in pairs),
         _relative(weights, weights_of),
         _relative(average, average_of),
+        max(abs(norm - other) / abs(other) for (_, norm), (_, other) in pairs),
         is_same_end and all(one == other for one, other in pairs) and _state(mine) == _state(theirs),
     )
 
