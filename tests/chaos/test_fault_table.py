@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.chaos import fault_table
-from tests.chaos.fault_table import BEGIN, END, Cost, cells, cost_of, rows_of, updated
+from tests.chaos.fault_table import BEGIN, COLUMNS, END, Cost, cells, cost_of, rows_of, updated
 from tests.chaos.faults import FAULTS
 
 COST = Cost(3, 8.75, 9.5, 10.0, 2)
@@ -63,3 +63,10 @@ def test_a_part_of_the_matrix_replaces_its_own_rows_and_no_others(monkeypatch: p
 def test_a_page_without_a_place_is_refused() -> None:
     with pytest.raises(ValueError, match="no place for the table"):
         updated("# Faults\n", [], "")
+
+
+def test_the_docs_hold_each_cell_of_the_matrix_once() -> None:
+    """And none of them failed, when it was last run."""
+    found = rows_of(fault_table.PAGE.read_text(encoding="utf-8"))
+    assert set(found) == {(fault, str(stage)) for fault in FAULTS for stage in (1, 2, 3)}
+    assert not [row for row in found.values() if len(row) != len(COLUMNS) or row[2] == "FAILED"]
