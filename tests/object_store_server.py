@@ -14,12 +14,16 @@ Application = Callable[[dict[str, Any], Callable[..., Any]], Any]
 
 
 class Outage:
-    """Answers 503 while `is_down`, or for a while from the first request whose path has a word in it."""
+    """Answers 503 while `is_down`, or for a while from the first request whose path has a word in it.
+
+    `began` is the UNIX time of that request, `num_refused` counts since then.
+    """
 
     def __init__(self, application: Application) -> None:
         self._application = application
         self.is_down = False
         self.num_refused = 0
+        self.began: float | None = None
         self._trigger: tuple[str, float] | None = None
         self._until = 0.0
         self._min_refused = 0
@@ -27,10 +31,12 @@ class Outage:
     def begin_at(self, word: str, seconds: float, min_refused: int) -> None:
         """Fail from the next request on whose path holds `word`, for that time and as many requests at least."""
         self._trigger, self._min_refused = (word, seconds), min_refused
+        self.num_refused, self.began = 0, None
 
     def __call__(self, environment: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         if self._trigger is not None and self._trigger[0] in environment["PATH_INFO"]:
             self._until, self._trigger = time.monotonic() + self._trigger[1], None
+            self.began = time.time()
         is_over = time.monotonic() > self._until and not 0 < self.num_refused < self._min_refused
         if not self.is_down and is_over:
             return self._application(environment, start_response)

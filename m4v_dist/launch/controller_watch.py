@@ -11,7 +11,6 @@ Imports Ray at its head, so import it where a run is launched.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -23,7 +22,7 @@ from m4v_dist.stop_request import StopRequest
 logger = logging.getLogger(__name__)
 
 RESIZE_WAIT_S = 120.0
-"""How long a resize waits for a commit; past it the steps since the last one are lost, and counted as such."""
+"""How long a resize waits for a save; past it the steps since the last commit are lost, and counted as such."""
 POLL_S = 0.2
 
 
@@ -32,11 +31,10 @@ class ControllerWatch(ControllerCallback):  # type: ignore[misc]
 
     Args:
         verdict: the run's Verdict actor.
-        progress, config: see `run_workers`; their value changes when work was committed.
     """
 
-    def __init__(self, verdict: Any, progress: Callable[[dict[str, Any]], Any], config: Mapping[str, Any]) -> None:
-        self._verdict, self._progress, self._config = verdict, progress, dict(config)
+    def __init__(self, verdict: Any) -> None:
+        self._verdict = verdict
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
@@ -55,10 +53,10 @@ class ControllerWatch(ControllerCallback):  # type: ignore[misc]
 
     def _save_before(self, num_workers: int) -> None:
         """Have the workers save, and wait until they did: Ray ends them when this returns."""
-        before, deadline = self._progress(self._config), time.monotonic() + RESIZE_WAIT_S
-        ray.get(self._verdict.ask.remote(StopRequest(f"room for {num_workers} workers", None, ends=False)))
-        while self._progress(self._config) == before:
+        why, deadline = f"room for {num_workers} workers", time.monotonic() + RESIZE_WAIT_S
+        ray.get(self._verdict.ask.remote(StopRequest(why, None, ends=False)))
+        while not ray.get(self._verdict.is_served.remote(why)):
             if time.monotonic() > deadline or not ray.get(self._verdict.is_attempt_whole.remote()):
-                logger.warning("no commit before the change to %d workers: the steps since are lost.", num_workers)
+                logger.warning("no save before the change to %d workers: steps since the last are lost.", num_workers)
                 return
             time.sleep(POLL_S)

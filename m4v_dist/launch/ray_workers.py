@@ -36,7 +36,7 @@ WorkerFunction = Callable[[dict[str, Any], Callable[[], Sequence[StopRequest]]],
 
 Progress = Callable[[dict[str, Any]], Any]
 """A value that changes when work was committed and names it, None while there is none: asked with the function's
-config on rank 0 before each attempt, by Ray's controller before a resize, and by the driver for its last words."""
+config on rank 0 before each attempt, and by the driver for its last words."""
 
 
 FailureReport = Callable[[dict[str, Any], list[int]], str | None]
@@ -118,7 +118,7 @@ def run_workers(
             storage_path=storage_path if "://" in storage_path else os.path.abspath(storage_path),
             # Announced losses are the world's: they have no ceiling but that of restarts without progress.
             failure_config=v2.FailureConfig(max_failures=settings.max_failures, max_preemption_failures=-1),
-            callbacks=[ControllerWatch(verdict, progress, function_config)],
+            callbacks=[ControllerWatch(verdict)],
             worker_runtime_env={"env_vars": _environment(settings)},
         ),
     )
@@ -196,7 +196,10 @@ def _run_one_rank(task: dict[str, Any]) -> Any:
         return requests
 
     try:
-        return task["function"](task["config"], stop_requests)
+        answer = task["function"](task["config"], stop_requests)
+        if rank == 0:
+            ray.get(verdict.note_done.remote())
+        return answer
     except BaseException as error:
         # Told before it is raised: Ray ends the other ranks at once, and their broken connections would hide the cause.
         where = f"{socket.gethostname()}, process {os.getpid()}"

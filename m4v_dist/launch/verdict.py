@@ -53,6 +53,9 @@ class Verdict:
         self._fruitless = 0
         self._failures: list[Failure] = []
         self._requests: dict[str, StopRequest] = {}
+        self._handed_out: set[str] = set()
+        self._served: set[str] = set()
+        self._is_done = False
         self._state = "InitializingState"
 
     def begin(self, progress: Any) -> int | None:
@@ -67,6 +70,7 @@ class Verdict:
         self._attempt += 1
         # What does not end the run was about the workers before these, or their nodes.
         self._requests = {why: request for why, request in self._requests.items() if request.ends}
+        self._handed_out, self._served, self._is_done = set(), set(), False
         return None if self.fatal() is not None or self.has_given_up() else self._attempt
 
     def has_given_up(self) -> bool:
@@ -95,10 +99,25 @@ class Verdict:
     def ask(self, request: StopRequest) -> None:
         """Ask the function to save, and perhaps to end; the same reason again takes the place of the one before."""
         self._requests[request.why] = request
+        self._handed_out.discard(request.why)
+        self._served.discard(request.why)
 
     def stop_requests(self) -> tuple[StopRequest, ...]:
-        """All that stand."""
+        """All that stand, for rank 0: it asks once a step, so what it was told the time before has been seen to."""
+        self._served |= self._handed_out
+        self._handed_out = set(self._requests)
         return tuple(self._requests.values())
+
+    def is_served(self, why: str) -> bool:
+        """Whether nobody works on a request any more: rank 0 was told it and has asked again, or its attempt is over.
+
+        A commit proves nothing here: it may be of a save that began before the request.
+        """
+        return why in self._served or why not in self._requests or self._is_done
+
+    def note_done(self) -> None:
+        """Rank 0's function has returned: it asks no more."""
+        self._is_done = True
 
     def note_state(self, state: str) -> None:
         """Note the state of Ray Train's controller, by the name of its class."""

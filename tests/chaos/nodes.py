@@ -6,9 +6,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,22 @@ class Nodes:
 
     process: "subprocess.Popen[str]"
     env: dict[str, str]
+    ids: list[str] = field(default_factory=list)
 
     def add(self) -> str:
-        return self._tell("add")
+        node = self._tell("add")
+        self.ids.append(node)
+        return node
 
     def lose(self, node: str) -> None:
         """As a machine is lost: no process says good-bye."""
+        self.ids.remove(node)
         self._tell(f"lose {node}")
+
+    def complete(self, num_nodes: int) -> None:
+        """Add what earlier runs have lost."""
+        while len(self.ids) < num_nodes:
+            self.add()
 
     def announce_loss(self, node: str, seconds: int) -> None:
         """As a cloud tells that it will take a spot machine."""
@@ -54,8 +63,13 @@ class Nodes:
 
 
 @contextmanager
-def nodes(num_nodes: int) -> Iterator[tuple[Nodes, list[str]]]:
-    """A cluster of a head and `num_nodes` nodes."""
+def nodes(num_nodes: int, environment: Mapping[str, str] | None = None) -> Iterator[tuple[Nodes, list[str]]]:
+    """A cluster of a head and `num_nodes` nodes.
+
+    Args:
+        num_nodes: of one CPU each.
+        environment: more variables of its processes, and so of the workers.
+    """
     with tempfile.TemporaryDirectory(prefix="m4v", dir="/tmp", ignore_cleanup_errors=True) as folder:
         token = Path(folder, "token")
         token.touch(mode=0o600)
@@ -69,6 +83,7 @@ def nodes(num_nodes: int) -> Iterator[tuple[Nodes, list[str]]]:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
+            **(environment or {}),
         }
         command = [sys.executable, "-m", "tests.chaos.cluster_process"]
         with Path(folder, "cluster.log").open("wb") as log:
@@ -87,9 +102,19 @@ def nodes(num_nodes: int) -> Iterator[tuple[Nodes, list[str]]]:
 
 
 @contextmanager
-def driver(config: str, env: Mapping[str, str], log: Path, *overrides: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """`python -m jobs.train` as a process of its own, ended if the block leaves it running."""
-    command = [sys.executable, "-m", "jobs.train", "--config", config, *overrides]
+def driver(
+    config: str, env: Mapping[str, str], log: Path, *overrides: str, module: Sequence[str] = ("jobs.train",)
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """`python -m jobs.train` as a process of its own, ended if the block leaves it running.
+
+    Args:
+        config: path of the run's TOML.
+        env: of the process.
+        log: its output is appended there.
+        overrides: of the config.
+        module: the module that is run instead, and its own arguments before `--config`.
+    """
+    command = [sys.executable, "-m", *module, "--config", config, *overrides]
     with log.open("ab") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=dict(env), stdout=output, stderr=subprocess.STDOUT)
         try:

@@ -1,6 +1,7 @@
 """A run small enough for seconds: a cache of made-up latents with the real fingerprint, a config of two stages."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ SOURCES = (
 )
 
 
-def make_small_cache(folder: str) -> str:
+def make_small_cache(folder: str, sources: Sequence[MadeSource] = SOURCES) -> str:
     """Write a finished cache of smooth made-up latents, as if the run's own codec and text encoder had made it."""
     codec = build_codec(CodecSettings())
     generator = torch.Generator().manual_seed(0)
-    for source in SOURCES:
+    for source in sources:
         writer = CacheShardWriter(folder, source.name)
         for position in range(source.num_records):
             base = torch.randn(codec.latent_channels, 1, 1, 1, generator=generator)
@@ -49,8 +50,8 @@ def make_small_cache(folder: str) -> str:
         "normalization": codec.normalization.to_json(),
         "spatial_stride": codec.spatial_stride,
         "null_prompt": NULL_PROMPT,
-        "fragments": sorted(source.name for source in SOURCES),
-        "sources": {source.name: {"media": source.media} for source in SOURCES},
+        "fragments": sorted(source.name for source in sources),
+        "sources": {source.name: {"media": source.media} for source in sources},
     }
     write_manifest(folder, manifest, TextFeatures(torch.zeros(2, WIDTH), torch.zeros(WIDTH)))
     return folder

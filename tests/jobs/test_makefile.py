@@ -34,6 +34,11 @@ def test_the_demo_takes_overrides() -> None:
     assert plan.splitlines()[-1] == "python3 -m jobs.demo run.seed=7 launch.use_gpu=true"
 
 
+def test_chaos_runs_the_whole_matrix() -> None:
+    plan = _plan("chaos", "SKIP_INSTALL=1", "PYTHON=python3")
+    assert plan.splitlines()[-1] == "python3 -m pytest -s -m chaos tests/chaos"
+
+
 def test_clean_keeps_what_was_trained() -> None:
     removed = _plan("clean").split()
     assert ".venv" in removed and not any(name.startswith("runs") for name in removed)

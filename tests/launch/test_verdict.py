@@ -80,3 +80,20 @@ def test_an_attempt_is_whole_until_one_of_its_ranks_told_an_error() -> None:
     assert not verdict.is_attempt_whole()
     verdict.begin("step_1")
     assert verdict.is_attempt_whole()
+
+
+def test_a_request_is_served_when_rank_0_asks_again_or_its_attempt_is_over() -> None:
+    verdict = Verdict()
+    verdict.begin(None)
+    room = StopRequest("room for 2", ends=False)
+    served = []
+    for step in (lambda: verdict.ask(room), verdict.stop_requests, verdict.stop_requests, lambda: verdict.ask(room)):
+        step()
+        served.append(verdict.is_served("room for 2"))
+    assert served == [False, False, True, False]
+    verdict.note_done()
+    assert verdict.is_served("room for 2")
+    verdict.begin("step_1")
+    assert verdict.is_served("room for 2"), "new workers were asked nothing"
+    verdict.ask(room)
+    assert not verdict.is_served("room for 2")
