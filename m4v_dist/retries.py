@@ -1,9 +1,10 @@
-"""Try again what may pass by itself: bounded in time, logged, and counted by whoever wants to know.
+"""Wait for what is slow or may pass by itself: bounded in time, logged, and counted by whoever wants to know.
 
 Floor 1 of the house: the standard library only. What may pass is the caller's to say.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,3 +69,37 @@ def retrying(call: Callable[[], Answer], *, may_pass: Callable[[Exception], bool
             count.num_retries += 1
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def within(call: Callable[[], Answer], *, limit_s: float, what: str) -> Answer:
+    """The answer of `call`, or its error, if it comes in time.
+
+    It runs in a thread of its own, which goes on, unheard, where the limit is passed: no way to end it is known that
+    also ends a request to a store, or a read of a mount that hangs.
+
+    Args:
+        call: what may hang.
+        limit_s: how long it is waited for.
+        what: for the message.
+
+    Raises:
+        TimeoutError: no answer within `limit_s`.
+    """
+    answers: list[Answer] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(call())
+        except BaseException as error:  # handed to the thread that waits, which raises it
+            errors.append(error)
+
+    # A daemon: what hangs must not keep the process alive.
+    thread = threading.Thread(target=run, name=what, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError(f"{what}: no answer in {limit_s:.1f} s.")
+    return answers[0]

@@ -1,11 +1,13 @@
 """What may pass is tried again, for a bounded time, and counted; all else is raised at once."""
 
 import logging
+import threading
+import time
 
 import pytest
 
 from m4v_dist import retries
-from m4v_dist.retries import count_retries, retrying
+from m4v_dist.retries import count_retries, retrying, within
 
 
 class _Busy(Exception):
@@ -49,3 +51,16 @@ def test_an_error_that_cannot_pass_is_raised_at_once_and_not_counted() -> None:
     with pytest.raises(_Busy), count_retries() as count:
         retrying(call, may_pass=lambda _: False, what="x", limit_s=5)  # type: ignore[arg-type]
     assert (len(calls), count.num_retries) == (1, 0)
+
+
+def test_what_answers_in_time_is_heard_and_what_hangs_is_not_waited_for() -> None:
+    calls, call = _failing(1)
+    with pytest.raises(_Busy):
+        within(call, limit_s=5, what="x")  # type: ignore[arg-type]
+    assert within(call, limit_s=5, what="x") == "answer"  # type: ignore[arg-type]
+    is_over = threading.Event()
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"^the store: no answer in 0\.1 s\.$"):
+        within(lambda: is_over.wait(20), limit_s=0.1, what="the store")
+    assert time.monotonic() - begun < 10
+    is_over.set()

@@ -1,7 +1,8 @@
 """When a save may fail and when it may not, and what is written down of each: the loop's side of `CheckpointSaver`.
 
-A save that fails (disk full, store down) is logged, counted and tried again when the next one is due; too many in a row
-end the run. A checkpoint that turns out damaged is passed over aloud, and the run goes on from the one before it.
+A save that fails (disk full, store down) is logged, counted and tried again when the next one is due, or after a pause
+(`SavePause`) where it must stand; too many in a row end the run. A checkpoint that turns out damaged is passed over
+aloud, and the run goes on from the one before it.
 """
 
 import logging
@@ -22,6 +23,8 @@ from m4v_dist.trainer.guards import Clock
 from m4v_dist.trainer.lease import require_held
 from m4v_dist.trainer.metrics import Ledger, read_rows
 from m4v_dist.trainer.ranges import Ranges
+from m4v_dist.trainer.save_pause import SavePause, pause_s
+from m4v_dist.trainer.stopping import Order
 from m4v_dist.trainer.validation_videos import publish_videos
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class Saving:
         attempt: what this attempt began with; its ledger is counted in.
         clock: the loop's; every call laps it.
         note_duration: told on rank 0, of each commit, the seconds from the begin of its snapshot.
+        ask_order: asked on rank 0 between the tries of a save that must stand; see `SavePause`.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Saving:
         clock: Clock,
         *,
         note_duration: Callable[[float], None] = lambda _: None,
+        ask_order: Callable[[], Order] = lambda: Order.GO_ON,
     ) -> None:
         self.saved = attempt.saved
         self._config, self._mesh, self._clock = config, mesh, clock
@@ -65,6 +70,7 @@ class Saving:
             require_held(self._folder, attempt.lease)
 
         self._saver = CheckpointSaver(config, mesh, attempt.number, may_commit)
+        self._pause = SavePause(mesh, ask_order=ask_order, require_lease=may_commit)
 
     @property
     def has_failed(self) -> bool:
@@ -87,31 +93,43 @@ class Saving:
         state: Callable[[], Mapping[str, Any]],
         *,
         must_stand: bool,
-    ) -> None:
-        """Begin a save, once the one before it has ended (collective).
+        order: Order = Order.GO_ON,
+    ) -> Order:
+        """Begin a save, once the one before it has ended (collective); the order that stands then.
+
+        It is a greater one than `order` where a request to stop came between two tries. END: the save was given up.
 
         Args:
             step: optimizer steps done.
             tensors, state: what to save; asked when it is time.
-            must_stand: come back only when it is committed, whatever it takes.
+            must_stand: come back only when it is committed, however many tries it takes.
+            order: what it is saved for.
 
         Raises:
             SaveFailedError: too many in a row have failed.
             RunInUseError: another attempt has taken over.
         """
         self.settle(step)
-        is_settled = False
-        while not is_settled:
+        while True:
             # Booked as of the snapshot: what is done after it is lost if the run breaks off before the next one.
             ledger = replace(self._ledger)
             self._snapshot_time, self._stall_s = time.time(), 0.0
             self._saver.begin(step, tensors(), state(), partial(self._write_ledger, ledger))
             self._snapshot_s = self._lap()
             ledger.checkpoint_s += self._snapshot_s
-            is_settled = self.settle(step) if must_stand else True
+            if not must_stand or self.settle(step, is_tried_again=True):
+                return order
+            order = self._pause.wait(self._failed_in_a_row, order)
+            self._lap()
+            if order is Order.END:
+                return order
 
-    def settle(self, step: int) -> bool:
+    def settle(self, step: int, *, is_tried_again: bool = False) -> bool:
         """Wait for the save in flight (collective); whether it was committed, or there was none.
+
+        Args:
+            step: optimizer steps done.
+            is_tried_again: as the log says it, after a pause, and not when the next save is due.
 
         Raises:
             SaveFailedError, RunInUseError: see `save`.
@@ -136,7 +154,8 @@ class Saving:
                 "that stands. Mend the store or the disk, and submit again."
             )
         if self._mesh.is_main:
-            logger.error("%s The run goes on; the next save tries again.", why)
+            when = f"in {pause_s(self._failed_in_a_row):.0f} s" if is_tried_again else "when the next save is due"
+            logger.error("%s It is tried again %s.", why, when)
         return False
 
     def note_commit(self) -> None:

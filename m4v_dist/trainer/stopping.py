@@ -49,6 +49,7 @@ class Stopping:
         self._save_s, self._is_measured = 0.0, False
         self._steps_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._served: set[tuple[str, bool]] = set()
+        self._told = (Order.GO_ON, "")
         self.reason = ""
         """Why the last order other than GO_ON was given, with both times."""
 
@@ -77,13 +78,15 @@ class Stopping:
             saving_since: UNIX time at which a save that is still being written began: the next one waits for it.
         """
         busy_s = 0.0 if saving_since is None else max(0.0, self._save_s - (self._now() - saving_since))
-        given = Order.GO_ON
+        given, why = Order.GO_ON, ""
         for request in requests:
             order = self._order_of(request, upcoming_s, busy_s)
             if order > given:
-                given, self.reason = order, self._in_words(request, order, busy_s)
-        if given is not Order.GO_ON:
+                given, why, self.reason = order, request.why, self._in_words(request, order, busy_s)
+        # Once: between the tries of a save that fails it is asked each second.
+        if given is not Order.GO_ON and (given, why) != self._told:
             logger.warning("%s.", self.reason)
+        self._told = (given, why)
         return given
 
     def _order_of(self, request: StopRequest, upcoming_s: float, busy_s: float) -> Order:

@@ -127,7 +127,14 @@ class Trainer:
 
     def _run(self, attempt: Attempt) -> TrainResult:
         self.record = Record(self.config, self.mesh, attempt, self.clock)
-        self.saving = Saving(self.config, self.mesh, attempt, self.clock, note_duration=self.stopping.saved)
+        self.saving = Saving(
+            self.config,
+            self.mesh,
+            attempt,
+            self.clock,
+            note_duration=self.stopping.saved,
+            ask_order=lambda: self.stopping.order(self.stop_requests()),
+        )
         self.step = 0 if attempt.saved is None else checkpoint.step_of(attempt.saved)
         is_ended_as_asked = False
         self.watch = RankWatch(self.config.trainer, self.mesh, self.config.run.folder, attempt.number)
@@ -221,7 +228,7 @@ class Trainer:
                 # run without its figure.
                 self.held_out_loss = self._validate()
             if self.order is Order.END:
-                raise PreemptedError(self._goodbye(f"not saved; {self.saving.give_up() or 'nothing'} stands"))
+                raise self._unsaved()
             # The next engine is built from it, or this attempt ends with it.
             must_stand = self.step == curriculum_stage.stop or self.order is Order.SAVE_AND_END
             if must_stand or self.order.saves or self.step % every.checkpoint_every_steps == 0:
@@ -237,6 +244,9 @@ class Trainer:
     def _is_validation_due(self, step: int) -> bool:
         every = self.config.trainer.validate_every_steps
         return step == self.config.total_steps or (every > 0 and step % every == 0)
+
+    def _unsaved(self) -> PreemptedError:
+        return PreemptedError(self._goodbye(f"not saved; {self.saving.give_up() or 'nothing'} stands"))
 
     def _goodbye(self, what_stands: str) -> str:
         reason = self.mesh.from_main(self.stopping.reason)
@@ -344,12 +354,16 @@ class Trainer:
             self.watch.begin("saving", self.step)
             return checkpoint_tensors(self.engine, self.ema, to_load=False)
 
-        self.saving.save(
+        self.order = self.saving.save(
             self.step,
             tensors,
             lambda: counts_to_json(curriculum_stage, self.engine, self.ema, self.loader, self.skipped),
             must_stand=must_stand,
+            order=self.order,
         )
+        if self.order is Order.END:
+            # Asked to stop between two tries, with no time for another.
+            raise self._unsaved()
 
     def _end_attempt(self, *, is_ended_as_asked: bool) -> None:
         """Close what is open."""
