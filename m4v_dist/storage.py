@@ -3,7 +3,8 @@
 `object_store.py` below it is the door of s3fs, `tensor_files.py` above it that of safetensors. Paths are strings;
 `s3://bucket/key` is remote, all else is local.
 Writes become visible at once or not at all: a local file is written beside its final name and renamed, an S3 object
-appears when its upload is complete. What a store refuses for a moment is asked again (`object_store.ask`).
+appears when its upload is complete. What a write has put there stays if the power goes (`durable.py`). What a store
+refuses for a moment is asked again (`object_store.ask`).
 """
 
 import errno
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
+from m4v_dist import durable
 from m4v_dist.errors import NoSpaceError
 from m4v_dist.object_store import ask, remote
 from m4v_dist.object_store import s3 as _s3  # noqa: F401  the tests ask it for a bucket of their own
@@ -95,7 +97,13 @@ def _entries_of(path: str) -> Callable[[Any], list[dict[str, Any]]]:
 def make_folder(path: str) -> None:
     """Make a local folder with its parents; object stores have none to make."""
     if not is_remote(path):
-        os.makedirs(path, exist_ok=True)
+        durable.make_folders(path)
+
+
+def sync_folder(path: str) -> None:
+    """Make durable which names stand in a local folder; of an object that was written, its store says so itself."""
+    if not is_remote(path):
+        durable.sync_folder(path)
 
 
 @contextmanager
@@ -152,14 +160,14 @@ def write_chunks(path: str, chunks: Callable[[], Iterable[bytes | memoryview]], 
         return
     temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        durable.make_folders(os.path.dirname(path) or ".")
         try:
             with open(temporary, "wb") as file:
                 for chunk in chunks():
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            durable.rename(temporary, path)
         finally:
             remove(temporary)
     except OSError as error:
@@ -196,6 +204,7 @@ def _create_exclusively(path: str, data: bytes) -> bool:
         opened.write(data)
         opened.flush()
         os.fsync(opened.fileno())
+    durable.sync_folder(os.path.dirname(path) or ".")
     return True
 
 
@@ -220,6 +229,7 @@ def create_bytes(path: str, data: bytes) -> bool:
     try:
         # Whole from the start, unlike a file opened with O_EXCL; also over NFS.
         os.link(temporary, path)
+        durable.sync_folder(os.path.dirname(path) or ".")
     except FileExistsError:
         return False
     except OSError as error:
@@ -238,10 +248,12 @@ def put_file(local_path: str, path: str) -> None:
         ask(path, lambda filesystem: filesystem.put_file(local_path, path))
         os.remove(local_path)
         return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    durable.make_folders(os.path.dirname(path) or ".")
     temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
     shutil.move(local_path, temporary)
-    os.replace(temporary, path)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    durable.rename(temporary, path)
 
 
 def remove(path: str) -> None:

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOOR_1 = {
-    "errors", "stop_request", "retries", "batch", "object_store", "storage", "tensor_files", "weights_file", "config",
+    "errors", "stop_request", "retries", "durable", "batch", "object_store", "storage", "tensor_files", "weights_file",
+    "config",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -17,7 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch": set(),
     "retries": set(),
     "object_store": {"retries", "errors"},
-    "storage": {"object_store", "errors"},
+    "durable": set(),
+    "storage": {"object_store", "durable", "errors"},
     "tensor_files": {"storage"},
     "weights_file": {"storage", "tensor_files", "errors"},
     "config": {"errors"},

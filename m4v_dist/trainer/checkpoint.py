@@ -278,7 +278,13 @@ def check(path: str) -> Marker:
 def condemn(path: str, reason: str) -> None:
     """Take a damaged checkpoint out of the choice for good: note the reason in it, then remove its marker."""
     storage.write_json(storage.join(path, DAMAGED), {"reason": reason, "time": time.time()})
+    unmark(path)
+
+
+def unmark(path: str) -> None:
+    """Take a checkpoint's marker away, if there is one, before its files go; a loss of power does not bring it back."""
     storage.remove(storage.join(path, COMMITTED))
+    storage.sync_folder(path)
 
 
 def list_committed(folder: str) -> list[str]:
@@ -345,6 +351,6 @@ def prune(folder: str, *, keep_last: int, keep_every_steps: int) -> list[str]:
     removed = [name for name in older if name not in stays]
     for name in removed:
         # The marker goes first: a removal that is cut off leaves no folder that looks whole.
-        storage.remove(storage.join(folder, name, COMMITTED))
+        unmark(storage.join(folder, name))
         storage.remove(storage.join(folder, name))
     return removed

@@ -136,6 +136,9 @@ def commit(
         for name, text in {**save.texts, "index.json": index}.items():
             files[name] = write_file(storage.join(save.folder, name), [text])
         marker = storage.join(save.path, checkpoint.COMMITTED)
+        # Whoever made a folder may have been killed before its name was durable: the marker must not outlive its files.
+        for folder in (save.folder, save.path, save.path.rpartition("/")[0]):
+            storage.sync_folder(folder)
         may_commit()
         text = checkpoint.marker_json(save.step, save.attempt, files)
         if not storage.create_bytes(marker, text) and storage.read_bytes(marker) != text:
@@ -247,7 +250,7 @@ def discard(save: Save) -> None:
     if checkpoint.is_committed(save.path) and checkpoint.read_marker(save.path).attempt == save.attempt:
         # The store wrote it and could not say so. First, as in a prune: files without it count for nothing, it without
         # files for a damaged checkpoint.
-        storage.remove(storage.join(save.path, checkpoint.COMMITTED))
+        checkpoint.unmark(save.path)
     storage.remove(save.folder)
     if not storage.list_folder(save.path):
         storage.remove(save.path)

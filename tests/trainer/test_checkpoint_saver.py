@@ -2,6 +2,7 @@
 
 import os
 import resource
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -226,6 +227,11 @@ def _die(*_: Any, **__: Any) -> None:
     os._exit(9)
 
 
+def _die_in_a_file(file: int) -> None:
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        _die()
+
+
 def _remove_markers_alone(remove: Callable[[str], None], path: str) -> None:
     remove(path) if path.endswith("COMMITTED") else _die()
 
@@ -240,7 +246,7 @@ def _kill_job(folder: str) -> None:
         mine = Save(f"{folder}/{checkpoint.folder_name(step)}", step, 1, step, 0, 1, snapshot, texts)
         if step == 3 and point == 0:
             # In the middle of a file, under its temporary name.
-            os.fsync = _die
+            os.fsync = _die_in_a_file
         write_share(mine)
         if step == 3 and point == 1:
             # All files stand; the marker is what is written next.
