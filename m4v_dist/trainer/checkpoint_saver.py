@@ -15,7 +15,7 @@ import torch
 
 from m4v_dist import storage
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.errors import JobError
+from m4v_dist.errors import DataError, JobError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.checkpoint_save import (
@@ -55,7 +55,7 @@ class CommitReport:
         step: of the checkpoint.
         committed: bytes, retries.
         write_s: seconds from the snapshot to the commit.
-        tidy_error: what went wrong after it, with the ledger or with removing old checkpoints; None: nothing.
+        tidy_error: what went wrong after it, with the ledger, its own files or the removal of old ones; None: nothing.
     """
 
     step: int
@@ -213,13 +213,19 @@ class CheckpointSaver:
         try:
             # Asked again: who was overtaken meanwhile must remove nothing under the newer one.
             self._may_commit()
-            remove_earlier_attempts(save)
             after_commit()
+            # Looked for by name and size before an older one goes: with keep_last=1 that is all there is beside it.
+            checkpoint.check(save.path)
+            remove_earlier_attempts(save)
             checkpoint.prune(self._folder, keep_last=every.keep_last, keep_every_steps=every.keep_every_steps)
         except OSError as error:
             # The checkpoint stands, and the next commit tries again.
             logger.error("%s: after the commit: %s: %s", self._folder, type(error).__name__, error)
             return f"{type(error).__name__}: {error}"
+        except DataError as error:
+            # No failed save: the next start passes over it aloud, for the older one that stays.
+            logger.error("%s: committed, but not what was written, so nothing older is removed: %s", save.path, error)
+            return f"nothing was removed: {error}"
         return None
 
     def _discard(self, save: Save) -> None:

@@ -166,6 +166,36 @@ def test_trouble_with_what_an_earlier_attempt_left_does_not_take_the_commit_away
     assert checkpoint.load_weights(settled.path)["a"].tolist() == [1.0] * 4
 
 
+@pytest.mark.parametrize("damage", ["cut", "lost", "unmarked"])
+def test_older_checkpoints_stay_where_the_one_that_was_just_committed_is_not_what_was_written(
+    mesh: Mesh, tmp_path: Path, damage: str
+) -> None:
+    config = toy_config(str(tmp_path), keep_last=1)
+    saver = _saver(config, mesh)
+    reports = []
+
+    def spoil(step: int) -> None:
+        path = tmp_path / "checkpoints" / checkpoint.folder_name(step)
+        file = path / ("COMMITTED" if damage == "unmarked" else "attempt_0001/rank_00000.safetensors")
+        if step == 2 and damage == "cut":
+            file.write_bytes(file.read_bytes()[:-1])
+        elif step == 2:
+            file.unlink()
+
+    for step in (1, 2, 3):
+        saver.begin(step, _tensors(torch.ones(4)), STATE, partial(spoil, step))
+        settled, report = saver.settle(), saver.take_report()
+        assert settled is not None and settled.failures == () and report is not None
+        reports.append(report.tidy_error)
+        if step == 2:
+            assert storage.list_folder(config.checkpoint_folder) == ["step_00000001", "step_00000002"]
+            newest = checkpoint.newest_sound(config.checkpoint_folder)
+            assert newest is not None and newest.endswith("step_00000001")
+    assert [reports[0], reports[2]] == [None, None]
+    assert str(reports[1]).startswith("nothing was removed: ") and "step_00000002" in str(reports[1])
+    assert checkpoint.list_committed(config.checkpoint_folder) == ["step_00000003"]
+
+
 def test_an_attempt_that_is_overtaken_behind_its_commit_removes_nothing(mesh: Mesh, tmp_path: Path) -> None:
     config = toy_config(str(tmp_path), keep_last=1)
     asked: list[None] = []
