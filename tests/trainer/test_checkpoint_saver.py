@@ -270,6 +270,8 @@ def _kill_job(folder: str) -> None:
     """Each rank, for itself, dies at another point of a save, in a folder of its own where step 1 stands."""
     point = dist.get_rank()
     folder = f"{folder}/{point}"
+    # Rank 0 holds the store by which the others find one another: it must not die before they did.
+    dist.barrier()
     for step in (1, 2, 3):
         snapshot = SnapshotBuffer().take(_tensors(torch.full((4,), float(step))))
         texts = {"state.json": storage.json_bytes(STATE), "config.json": b"{}"}
