@@ -54,21 +54,40 @@ def begin_attempt(config: RunConfig, mesh: Mesh, holder: Holder) -> Attempt:
     Raises:
         RunInUseError: another driver holds the run.
         DataError: the newest checkpoint is past the end of the curriculum.
+        OSError: on all ranks: run folder or store failed rank 0.
     """
     pids = {str(rank): pid for rank, pid in enumerate(mesh.gather(os.getpid()))}
-    found: tuple[Lease, str | None, str | None] | JobError | None = None
+    begun: Attempt | None = None
+    failed: Exception | None = None
     if mesh.is_main:
         try:
-            found = _claim(config, holder)
-        except JobError as error:
-            # Raised below, on all ranks: else the others would wait for rank 0.
-            found = error
-    answer = mesh.from_main(found)
-    if isinstance(answer, JobError):
-        raise answer
-    lease, saved, damage = answer
-    if not mesh.is_main:
-        return Attempt(lease.number, saved, None, Ledger(), None, None, damage)
+            begun = _begin(config, holder, pids)
+        # Not swallowed: raised below, on all ranks. Else the others would wait for rank 0.
+        except Exception as error:
+            failed = error
+    told = mesh.from_main((_portable(failed), None if begun is None else (begun.number, begun.saved, begun.damage)))
+    if failed is not None:
+        raise failed
+    if begun is not None:
+        return begun
+    reason, facts = told
+    if isinstance(reason, JobError):
+        raise reason
+    if reason is not None:
+        # Of a kind that restarts the workers, as its own does on rank 0 unless it is a JobError.
+        raise OSError(f"rank 0 could not begin the attempt: {reason}")
+    number, saved, damage = facts
+    return Attempt(number, saved, None, Ledger(), None, None, damage)
+
+
+def _portable(error: Exception | None) -> JobError | str | None:
+    """An error as it can be sent to the other ranks."""
+    return error if error is None or isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+
+
+def _begin(config: RunConfig, holder: Holder, pids: dict[str, int]) -> Attempt:
+    """Rank 0's part: all that touches the run folder and the checkpoints."""
+    lease, saved, damage = _claim(config, holder)
     folder = config.run.folder
     facts = {"attempt": lease.number, "pids": pids, "started": time.time()}
     storage.write_json(storage.join(folder, "attempts", f"attempt_{lease.number:04d}.json"), facts)
