@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"objective", "batch", "config", "errors"},
     "report": {"config", "storage", "errors"},
     "trainer": {"parallel", "batch", "config", "storage", "tensor_files", "retries", "errors", "stop_request"},
-    "launch": {"config", "storage", "errors", "stop_request"},
+    "launch": {"config", "storage", "retries", "errors", "stop_request"},
     "bench": {"model", "blocks", "objective", "sampling", "batch", "config", "storage", "errors"},
     "data_pipeline": {"frozen", "batch", "config", "storage", "tensor_files", "errors"},
 }

@@ -19,6 +19,7 @@ from typing import Any
 
 from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import ConfigError, PreemptedError
+from m4v_dist.retries import within
 from m4v_dist.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ POLL_S = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LAST_WORDS_S = 5.0
 """What the driver keeps of the time to a deadline, to end Ray and to say how the run ended; at most a quarter of it."""
+STANDS_WAIT_S = 2.0
+"""How long the store is asked which work is kept, for a message: `object_store.ask` would go on for two minutes."""
 
 
 class _SecondSignal(BaseException):
@@ -180,7 +183,7 @@ class Supervisor:
         except _SecondSignal:
             raise PreemptedError(
                 f"asked to stop twice ({self._names()}), so it ends at once: what was not saved is lost; "
-                f"{self._what_stands()}. Submit again to go on from there."
+                f"{self._stands(None)}. Submit again to go on from there."
             ) from None
         if "error" in box:
             raise box["error"]
@@ -195,7 +198,7 @@ class Supervisor:
         if due and self._is_waiting() and thread.is_alive():
             raise PreemptedError(
                 f"asked to stop ({due[0].why}) while no worker was up, so there was nothing to save; "
-                f"{self._what_stands()}. Submit again to go on from there."
+                f"{self._stands(due[0].deadline)}. Submit again to go on from there."
             )
         late = [why for why, end in self._told.items() if end is not None and time.time() > end]
         if late and thread.is_alive():
@@ -204,6 +207,16 @@ class Supervisor:
                 f"asked to stop ({late[0].why}), but the workers did not save and end in time: they were building, or "
                 "hung, or a save took too long; what was committed stands. Submit again to go on from there."
             )
+
+    def _stands(self, deadline: float | None) -> str:
+        """Which work is kept, if that is told in time: the driver ends now, and before a deadline."""
+        left_s = STANDS_WAIT_S if deadline is None else max(0.0, deadline - time.time()) / 2
+        try:
+            return within(self._what_stands, limit_s=min(STANDS_WAIT_S, left_s), what="what stands")
+        except TimeoutError:
+            return "what stands is not known: the store does not answer"
+        except OSError as error:
+            return f"what stands is not known: {error}"
 
     def _is_due(self, request: StopRequest) -> bool:
         assert request.deadline is not None, "what is not urgent has a deadline"

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from m4v_dist.config.training_settings import LaunchSettings
-from m4v_dist.errors import ConfigError, DataError, PreemptedError
+from m4v_dist.errors import ConfigError, DataError, PreemptedError, StoreError
 from m4v_dist.launch.supervisor import Supervisor, ended_by_signals, signal_request, time_limit
 from m4v_dist.stop_request import StopRequest
 
@@ -24,12 +25,17 @@ class Workers:
         self.waiting, self.hears = is_waiting, hears
         self.is_over = threading.Event()
 
-    def supervise(self, settings: LaunchSettings, limit: StopRequest | None = None) -> Supervisor:
+    def supervise(
+        self,
+        settings: LaunchSettings,
+        limit: StopRequest | None = None,
+        what_stands: Callable[[], str] = lambda: "step_00000003 stands",
+    ) -> Supervisor:
         return Supervisor(
             settings,
             ask=self.ask,
             is_waiting=lambda: self.waiting,
-            what_stands=lambda: "step_00000003 stands",
+            what_stands=what_stands,
             limit=limit,
         )
 
@@ -92,6 +98,36 @@ def test_a_time_limit_is_told_from_the_start_and_ends_a_run_that_only_waits() ->
         workers.supervise(settings, limit).run(workers.launch)
     assert workers.asked == [limit]
     workers.is_over.set()
+
+
+def _hang() -> str:
+    time.sleep(20)
+    return "step_00000003 stands"
+
+
+def _refuse() -> str:
+    raise StoreError("s3://runs: 503")
+
+
+@pytest.mark.parametrize(
+    ("what_stands", "words"), [(_hang, "the store does not answer"), (_refuse, "s3://runs: 503")], ids=["down", "error"]
+)
+def test_a_store_that_is_down_keeps_no_driver_past_its_deadline_and_hides_no_reason(
+    what_stands: Callable[[], str], words: str
+) -> None:
+    settings, workers = LaunchSettings(stop_margin_s=1.0), Workers(is_waiting=True, hears=False)
+    limit = StopRequest("the time limit", time.time() + 1.6, is_urgent=False)
+    with pytest.raises(PreemptedError, match=rf"while no worker was up.*; what stands is not known: {words}\. Submit"):
+        workers.supervise(settings, limit, what_stands).run(workers.launch)
+    assert limit.deadline is not None and time.time() < limit.deadline
+    workers.is_over.set()
+    twice = Workers(hears=False)
+    _soon(signal.SIGTERM, signal.SIGINT)
+    started = time.monotonic()
+    with pytest.raises(PreemptedError, match=rf"twice.*is lost; what stands is not known: {words}\. Submit"):
+        twice.supervise(SETTINGS, what_stands=what_stands).run(twice.launch)
+    assert time.monotonic() - started < 10
+    twice.is_over.set()
 
 
 def test_workers_that_do_not_end_by_the_deadline_are_not_waited_for() -> None:
