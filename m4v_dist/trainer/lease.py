@@ -26,10 +26,13 @@ from typing import Any
 
 from m4v_dist import storage
 from m4v_dist.errors import RunInUseError
+from m4v_dist.retries import within
 
 logger = logging.getLogger(__name__)
 
 HEARTBEATS_A_TIMEOUT = 4
+GIVE_BACK_S = 3.0
+"""How long a driver that ends waits for the store to take the lease back; without it others wait for its heartbeat."""
 _FILE = re.compile(r"^lease_(\d+)\.json$")
 
 
@@ -226,6 +229,13 @@ class LeaseKeeper:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._is_over.set()
+        try:
+            within(self._give_back, limit_s=GIVE_BACK_S, what="the lease")
+        except TimeoutError as late:
+            logger.warning("%s: the lease was not given back: %s", self._folder, late)
+
+    def _give_back(self) -> None:
+        # A heartbeat under way would take the place of the release.
         self._thread.join()
         self._renew(is_released=True)
 

@@ -13,6 +13,7 @@ import pytest
 
 from m4v_dist import storage
 from m4v_dist.errors import RunInUseError
+from m4v_dist.trainer import lease as lease_module
 from m4v_dist.trainer.lease import Holder, Lease, LeaseKeeper, claim, newest_lease, require_free, require_held
 from tests.object_store_server import object_store
 
@@ -134,6 +135,19 @@ def test_of_drivers_that_claim_at_the_same_moment_one_wins(folder: str) -> None:
     assert len(won) == 1 and len(refused) == 3
     require_held(folder, won[0])
     assert all(f"host-of-{won[0].holder.id}" in error for error in refused)
+
+
+def test_a_store_that_hangs_keeps_no_driver_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lease_module, "GIVE_BACK_S", 0.2)
+    is_over = threading.Event()
+    claim(str(tmp_path), _elsewhere("a"), above=0, timeout_s=60.0)
+    with LeaseKeeper(str(tmp_path), _elsewhere("a"), 60.0):
+        monkeypatch.setattr(storage, "list_folder", lambda _: [] if is_over.wait(20) else [])
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 10 and "was not given back: the lease: no answer in 0.2 s" in caplog.text
+    is_over.set()
 
 
 def test_a_claim_that_is_not_whole_yet_does_not_end_the_heartbeat(tmp_path: Path) -> None:
