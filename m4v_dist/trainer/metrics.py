@@ -45,7 +45,7 @@ class Ledger:
             done then; and steps that were skipped because they were not finite.
         build_s: building the engine and loading a checkpoint, at the start and at each curriculum boundary.
         other_s: the rest: writing rows, asking whether to stop, closing engine and loader.
-        failed_saves: saves that did not become a checkpoint.
+        failed_saves: saves that did not become a checkpoint, of attempts that broke off too.
         damaged_checkpoints: committed ones that were not what was written, so that the run went on from one before.
     """
 

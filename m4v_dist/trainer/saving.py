@@ -147,6 +147,7 @@ class Saving:
         name, ceiling = settled.path.rsplit("/", 1)[-1], self._config.trainer.max_failed_saves
         row = {"checkpoint": name, "failures": list(settled.failures), "failed_in_a_row": self._failed_in_a_row}
         self._write("failed_save", step, row)
+        self._keep_counts()
         why = f"{settled.path} could not be saved ({self._failed_in_a_row} in a row failed): {settled.failures[0]}"
         if self._failed_in_a_row >= ceiling:
             raise SaveFailedError(
@@ -209,6 +210,7 @@ class Saving:
         if self._mesh.is_main:
             checkpoint.condemn(damaged, str(error))
             self._count_lost(damaged, step, str(error))
+            self._keep_counts()
         return step
 
     def give_up(self) -> str | None:
@@ -251,5 +253,22 @@ class Saving:
         if self._metrics is not None:
             self._metrics.write(kind, step, values)
 
+    def _keep_counts(self) -> None:
+        """On rank 0: what went wrong stays counted though the attempt breaks off; its seconds do not."""
+        if not self._mesh.is_main:
+            return
+        path = self._ledger_path
+        try:
+            stands = Ledger.from_json(storage.read_json(path)) if storage.exists(path) else Ledger()
+            counts = self._ledger.failed_saves, self._ledger.damaged_checkpoints
+            self._write_ledger(replace(stands, failed_saves=counts[0], damaged_checkpoints=counts[1]))
+        except OSError as error:
+            # It may be the disk that is full: the next failure or commit writes it.
+            logger.error("%s: %s: %s", path, type(error).__name__, error)
+
+    @property
+    def _ledger_path(self) -> str:
+        return storage.join(self._config.run.folder, "ledger.json")
+
     def _write_ledger(self, ledger: Ledger) -> None:
-        storage.write_json(storage.join(self._config.run.folder, "ledger.json"), ledger.to_json())
+        storage.write_json(self._ledger_path, ledger.to_json())

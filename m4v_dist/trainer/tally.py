@@ -25,7 +25,7 @@ class Sums:
         loss: sum over slots of weight * loss / S.
         means: the objective's metrics, sum / count; those without a count are absent.
         tokens: of all packed segments.
-        bad_records: damaged records that the ranks met, summed.
+        bad_records: damaged records that the ranks met in this attempt, summed.
         order: what rank 0 orders for the end of the step (`stopping.Order`).
         has_failed_save: whether any rank's part of a save went wrong.
         ranks: what each rank measured of the step; empty where nobody did.

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from m4v_dist import storage
 from m4v_dist.errors import RunInUseError, SaveFailedError
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint, save_pause
@@ -152,7 +153,9 @@ def test_a_save_that_must_stand_outlives_a_disk_that_is_full_for_a_while(
 
 
 def test_a_save_that_must_stand_is_given_up_when_no_time_is_left_and_after_too_many_tries(
-    saving: tuple[Callable[[Callable[[], Order]], Saving], Callable[[int], None]], monkeypatch: pytest.MonkeyPatch
+    saving: tuple[Callable[[Callable[[], Order]], Saving], Callable[[int], None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make, limit = saving
     limit(1000)
@@ -160,6 +163,7 @@ def test_a_save_that_must_stand_is_given_up_when_no_time_is_left_and_after_too_m
     assert saver.save(3, _tensors, lambda: STATE, must_stand=True, order=Order.SAVE_AND_END) is Order.END
     assert saver.saved is None
     monkeypatch.setattr(save_pause, "FIRST_PAUSE_S", 0.01)
+    assert Ledger.from_json(storage.read_json(f"{tmp_path}/ledger.json")) == Ledger(failed_saves=1)
     begun = time.monotonic()
     with pytest.raises(SaveFailedError, match="trainer.max_failed_saves=3"):
         make(lambda: Order.GO_ON).save(3, _tensors, lambda: STATE, must_stand=True)

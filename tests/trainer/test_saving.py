@@ -254,6 +254,10 @@ def test_too_many_failed_saves_end_the_run_on_all_ranks_with_what_stands(
         assert "trainer.max_failed_saves=3" in message and "step_00000004 is the last checkpoint" in message
     failed = rows(f"{full_disk[0]}/for_ever", "failed_save")
     assert [(row["checkpoint"][-2:], row["failed_in_a_row"]) for row in failed] == [("06", 1), ("09", 2), ("10", 3)]
+    # Those of an attempt that breaks off too; what it did since its last commit is no work that stands.
+    ledger, done = _ledger(f"{full_disk[0]}/for_ever"), rows(f"{full_disk[0]}/for_ever", "train")
+    assert ledger["failed_saves"] == 3
+    assert ledger["step_s"] <= sum(row["timing/step_s"] for row in done if row["step"] < 4)
 
 
 def test_an_attempt_that_was_overtaken_ends_on_all_ranks_and_commits_nothing_more(
