@@ -315,7 +315,8 @@ def fit_table(config: RunConfig, stages: Sequence[PlannedStage], states_of: Stat
     longest = [{size: stage.longest(size) for size in stage.fitting_sizes()} for stage in stages]
     rows = []
     for preset in MODEL_PRESETS:
-        model = ModelSettings.model_validate({"preset": preset, "recompute": config.model.recompute})
+        kept = {"recompute": config.model.recompute, "lora": config.model.lora}
+        model = ModelSettings.model_validate({"preset": preset, **kept})
         for zero_stage in (1, 2, 3):
             cells, trainer = [], _changed(config, zero_stage=zero_stage)
             for stage, by_size in zip(stages, longest, strict=True):

@@ -7,6 +7,8 @@ float32. Left out are index tables, masks and what belongs to a column instead o
 With selective recompute a block keeps its input and the outputs of the operators in `blocks/recompute.py`. Whether a
 GPU's compiled attention is kept by it was not looked at; it counts as kept.
 
+A frozen base keeps less than is counted here: a scale or a tap that does not train leaves its factor alone.
+
 Held against torch's saved-tensor hooks, against what a forward leaves alive, and against the peak of a backward in
 `tests/model/test_activations.py`. A GPU's attention pads its length to two sizes an octave, and its allocator rounds:
 neither is in here.
@@ -20,6 +22,7 @@ from typing import assert_never
 
 from m4v_dist.blocks.layout import ColumnShape
 from m4v_dist.config.model_settings import BlockMixer, KernelSettings, ModelSettings, SsmSettings
+from m4v_dist.model.adapters import AdaptedLinear, double_block_adapters, unified_block_adapters
 from m4v_dist.model.flops import scanned_tokens, temporal_tokens
 
 FLOAT32 = 4
@@ -159,7 +162,8 @@ def double_block(settings: ModelSettings, counts: _Counts, is_mixed: bool) -> _K
     inputs = (3 * b * d + b * d) if is_mixed else 2 * FLOAT32 * d
     per_token = 2 * modulated + inputs + _norms_and_core(settings, b) + b * d + 2 * 4 * b * d + 2 * 2 * FLOAT32 * d
     outputs = counts.tokens * (10 * b * d + FLOAT32 * settings.num_heads)
-    return _Kept(counts.tokens * per_token, counts.tokens * max(4 * b, FLOAT32) * d, 2 * (4 + 8) * d**2, outputs)
+    block = _Kept(counts.tokens * per_token, counts.tokens * max(4 * b, FLOAT32) * d, 2 * (4 + 8) * d**2, outputs)
+    return block + _adapters(settings, double_block_adapters(settings), counts, b, num_streams=2)
 
 
 def unified_block(
@@ -177,7 +181,20 @@ def unified_block(
         kept += ssm_mixer(d, settings.ssm, kernels, counts.scanned, is_mixed)
         if settings.has_temporal_branch:
             kept += _temporal_branch(settings, counts, is_mixed)
-    return kept
+    return kept + _adapters(settings, unified_block_adapters(settings, mixer), counts, b)
+
+
+def _adapters(
+    settings: ModelSettings, linears: Sequence[AdaptedLinear], counts: _Counts, matmul_bytes: int, num_streams: int = 1
+) -> _Kept:
+    """What adapters add, between down and up: they read what the linear beside them would keep, were it not frozen."""
+    rank, kept, outputs, weights = settings.lora.rank, 0, 0, 0
+    for adapted in linears:
+        tokens = sum(counts.scanned) if adapted.is_scanned else counts.tokens
+        kept += tokens * matmul_bytes * rank
+        outputs += tokens * matmul_bytes * (rank + adapted.width_out)
+        weights += num_streams * rank * (adapted.width_in + adapted.width_out)
+    return _Kept(kept, 0, weights, outputs)
 
 
 def _norms_and_core(settings: ModelSettings, matmul_bytes: int) -> int:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from m4v_dist.batch import Column, ModelInput, TextFeatures
 from m4v_dist.bench.flops_tables import column_of
 from m4v_dist.blocks.layout import ColumnShape
+from m4v_dist.blocks.lora import is_adapter
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.activations import activation_bytes
 from m4v_dist.model.build import build_model
@@ -132,6 +133,23 @@ def test_selective_recompute_holds_what_was_counted(name: str, is_mixed: bool) -
     expected += 2 * settings.hidden_size * 64 if is_mixed else 0
     real = left_alive(build_model(settings, kernels, seed=0), model_input, is_mixed=is_mixed)
     assert expected == pytest.approx(real, rel=2 * TOLERANCE)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("name", ["mamba2", "mamba1", "parallel"])
+def test_adapters_on_a_frozen_base_hold_no_more_than_was_counted(name: str, recompute: str) -> None:
+    """Under autocast. A frozen base keeps fewer factors than one that trains, for which the count stands."""
+    settings, kernels = _settings(name, recompute=recompute, lora={"rank": 24}), KernelSettings()
+    model_input, shapes = _columns(settings)
+    counted = activation_bytes(settings, kernels, shapes, is_mixed=True)
+    model = build_model(settings, kernels, seed=0)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(parameter_name))
+    if recompute == "none":
+        real, expected = saved_bytes(model, model_input, is_mixed=True), counted.saved + counted.weights
+    else:
+        real, expected = left_alive(model, model_input, is_mixed=True), counted.saved
+    assert 0.98 * real <= expected <= (1.4 if recompute == "none" else 1.05) * real
 
 
 class _PeakBytes(TorchDispatchMode):
