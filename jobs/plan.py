@@ -101,9 +101,13 @@ def _parameter_counts(model: ModelSettings, freeze: tuple[str, ...]) -> Paramete
     # Which backend scans changes no parameter, and a plan may count with one that is not there.
     built = build_on_meta(model, KernelSettings())
     sizes = {name: p.numel() for name, p in built.named_parameters()}
+    training = [size for name, size in sizes.items() if not is_frozen(name, freeze)]
+    trained = sum(training)
     return ParameterCounts(
         all=sum(sizes.values()),
-        trained=sum(size for name, size in sizes.items() if not is_frozen(name, freeze)),
-        largest=max(sizes.values()),
+        trained=trained,
+        # Where one stage freezes the base for its adapters, all do.
+        averaged=trained if "base" in freeze else sum(sizes.values()),
+        largest=max(training, default=0),
         largest_part=max(sum(p.numel() for p in part.parameters()) for _, part in model_parts(built)),
     )

@@ -2,7 +2,8 @@
 
 `step_00000120/` holds `attempt_0003/`, the files of the attempt that wrote it:
     rank_00000.safetensors   of each rank: its ranges of weights/<parameter>, ema/<parameter>, exp_avg/<parameter> and
-                             exp_avg_sq/<parameter>, 1-d float32, named <key>@<first element>
+                             exp_avg_sq/<parameter>, 1-d float32, named <key>@<first element>; no ema where no stage of
+                             the curriculum trains the parameter, no moments where this one does not
     rank_00000.json          of each rank: sums and ranges of that file, and the rank's random state
     index.json               of each key: its size, and its ranges: first element, length, rank, byte in the rank's file
     state.json config.json   step, curriculum position, loader, optimizer steps, counts, shapes; the resolved config
@@ -166,6 +167,12 @@ def stored_names(path: str, kind: str) -> set[str]:
     return {key.removeprefix(f"{kind}/") for key in index if key.startswith(f"{kind}/")}
 
 
+def stored_keys(path: str, kind: str, names: Collection[str]) -> dict[str, str]:
+    """Under which key each parameter's `kind` stands: of an average that is not stored, the weights'."""
+    stored = stored_names(path, kind)
+    return {name: f"{kind if name in stored or kind != 'ema' else 'weights'}/{name}" for name in names}
+
+
 def rank_file(rank: int, suffix: str = "safetensors") -> str:
     """Name of a rank's file."""
     return f"rank_{rank:05d}.{suffix}"
@@ -215,14 +222,15 @@ def load_weights(path: str) -> dict[str, Tensor]:
 
 
 def load_ema_weights(path: str) -> dict[str, Tensor]:
-    """The same for the moving average of the weights."""
+    """The same for the moving average of the weights; the weight itself where no stage trains it."""
     return _load_whole(path, "ema")
 
 
 def _load_whole(path: str, kind: str) -> dict[str, Tensor]:
     shapes: dict[str, list[int]] = read_state(path)["shapes"]
     flats = {name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    load(path, {f"{kind}/{name}": Ranges(flat.numel(), ((0, flat),)) for name, flat in flats.items()})
+    keys = stored_keys(path, kind, flats)
+    load(path, {keys[name]: Ranges(flat.numel(), ((0, flat),)) for name, flat in flats.items()})
     return {name: flat.view(shapes[name]) for name, flat in flats.items()}
 
 

@@ -13,7 +13,8 @@ FLOAT32 = 4
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default; the buffer is made whole, however small the model."""
 GATHERED_ELEMENTS = 1_000_000_000
-"""ZeRO-3 lets go of gathered parameters past so many (stage3_max_live_parameters)."""
+"""ZeRO-3 lets go of gathered parameters past so many (stage3_max_live_parameters). Those that it never lets go, of less
+than 100,000 elements (adapters of a small rank, too), count among them."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class ParameterCounts:
     Args:
         all: of the whole model.
         trained: of them, those that are not frozen: only these have gradients, moments and master weights.
-        largest: of the largest parameter; read with offload.
+        averaged: of all, those that have an average: what some curriculum stage trains.
+        largest: of the largest parameter that trains; read with offload.
         largest_part: of the largest part (a block, an embedder) that is built at once.
     """
 
     all: int
     trained: int
+    averaged: int
     largest: int = 0
     largest_part: int = 0
 
@@ -113,6 +116,7 @@ def model_states(
     """
     trained_share, share = FLOAT32 * counts.trained / world_size, FLOAT32 * counts.all / world_size
     bucket, on_device = FLOAT32 * REDUCE_BUCKET_ELEMENTS, 0 if is_optimizer_offloaded else 1
+    averaged_share = FLOAT32 * counts.averaged / world_size
     second_copy = FLOAT32 * counts.all / hpz_partition_size if hpz_partition_size > 1 else 0
     gradients = FLOAT32 * counts.trained
     optimizer = 3 * trained_share * on_device
@@ -139,12 +143,12 @@ def model_states(
         gathered=FLOAT32 * min(counts.all, GATHERED_ELEMENTS) if zero_stage == 3 else 0,
         gradients=gradients,
         optimizer=round(optimizer),
-        average=round(share if on_device else share - trained_share),
+        average=round(averaged_share - trained_share * (1 - on_device)),
         reduction=round(reduction),
         is_reduction_held=zero_stage == 3 or is_reduced_per_micro_batch,
         host=HostStates(
             offloaded=round(offloaded + passing) if is_optimizer_offloaded else 0,
-            snapshot=round(2 * share + 2 * trained_share),
+            snapshot=round(share + averaged_share + 2 * trained_share),
             build=FLOAT32 * (counts.largest_part if zero_stage == 3 else counts.all),
         ),
     )

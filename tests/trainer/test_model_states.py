@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from m4v_dist.blocks.lora import LoraLinear, is_adapter
 from m4v_dist.config.training_settings import TrainerSettings
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine
@@ -14,16 +15,21 @@ from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.model_states import FLOAT32, ModelStates, ParameterCounts, model_states
 from tests.trainer.ranks import run_ranks
 
-WIDTH = 512
+WIDTH, RANK = 512, 256
+"""Nothing large is below the 100,000 elements that ZeRO 3 keeps whole."""
 
 
 class _Model(nn.Module):
     """Two sets of blocks, one of which can be frozen; large enough that a tensor more or less shows."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_adapters: bool) -> None:
         super().__init__()
-        self.double_blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.single_blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        linears = [nn.Linear(WIDTH, WIDTH) for _ in range(6)]
+        if has_adapters:
+            linears = [LoraLinear(linear, RANK, 1.0) for linear in linears]
+            for linear in linears:
+                nn.init.normal_(linear.lora_down), nn.init.normal_(linear.lora_up)
+        self.double_blocks, self.single_blocks = nn.ModuleList(linears[:2]), nn.ModuleList(linears[2:])
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -46,14 +52,15 @@ def _storages() -> dict[int, int]:
 
 
 BLOCK = WIDTH * WIDTH + WIDTH
-FROZEN = {"freeze": ("double_blocks",)}
+FROZEN, LORA = {"freeze": ("double_blocks",)}, {"freeze": ("base",)}
 OFFLOAD, PER_MICRO_BATCH = {"offload": "optimizer"}, {"reduce_gradients": "per_micro_batch"}
 CASES: list[dict[str, Any]] = [
     *({"zero_stage": stage} for stage in (2, 3)),
-    *({"zero_stage": stage, **FROZEN} for stage in (2, 3)),
     *({"zero_stage": stage, **PER_MICRO_BATCH} for stage in (1, 2, 3)),
-    *({"zero_stage": stage, **OFFLOAD} for stage in (2, 3)),
+    {"zero_stage": 2, **OFFLOAD},
     *({"zero_stage": stage, **OFFLOAD, **PER_MICRO_BATCH, **FROZEN} for stage in (2, 3)),
+    *({"zero_stage": stage, **LORA} for stage in (2, 3)),
+    {"zero_stage": 2, **OFFLOAD, **LORA},
     # Last: DeepSpeed keeps the groups of hpZ for all later engines of the process.
     {"zero_stage": 3, "hpz_partition_size": 2},
 ]
@@ -68,8 +75,8 @@ def _held_by_an_engine(freeze: tuple[str, ...] = (), **values: Any) -> int:
     before = _storages()
     settings = TrainerSettings.model_validate({**values, "precision": "bfloat16"})
     mesh = Mesh.of_process_group(use_gpu=False)
-    engine = ZeroEngine(_Model(), settings, freeze=freeze, micro_batch_slots=1, mesh=mesh)
-    average = Ema(engine.slices(), 0.9)
+    engine = ZeroEngine(_Model(has_adapters="base" in freeze), settings, freeze=freeze, micro_batch_slots=1, mesh=mesh)
+    average = Ema(engine.slices(), 0.9, lambda name: "base" not in freeze or is_adapter(name))
     held: list[int] = []
 
     def look(*_: Any) -> None:
@@ -77,7 +84,7 @@ def _held_by_an_engine(freeze: tuple[str, ...] = (), **values: Any) -> int:
 
     # Looked at in the second step, so that what the first one left behind counts; where each micro-batch reduces,
     # before the last backward has ended: then all is reduced.
-    first = next(block for block in engine.model.module.blocks if next(block.parameters()).requires_grad)
+    first = next(block for block in engine.model.module.blocks if any(p.requires_grad for p in block.parameters()))
     for is_second in (False, True):
         with engine.accumulate(2):
             for micro in (0, 1):
@@ -96,7 +103,12 @@ def _held_by_an_engine(freeze: tuple[str, ...] = (), **values: Any) -> int:
 
 
 def _counted(case: dict[str, Any]) -> ModelStates:
-    counts = ParameterCounts(6 * BLOCK, (4 if "freeze" in case else 6) * BLOCK, WIDTH * WIDTH, BLOCK)
+    match case.get("freeze"):
+        case ("base",):
+            adapters = 6 * 2 * RANK * WIDTH
+            counts = ParameterCounts(6 * BLOCK + adapters, adapters, adapters, RANK * WIDTH, BLOCK + adapters // 6)
+        case frozen:
+            counts = ParameterCounts(6 * BLOCK, (4 if frozen else 6) * BLOCK, 6 * BLOCK, WIDTH * WIDTH, BLOCK)
     return model_states(
         counts,
         zero_stage=case["zero_stage"],
@@ -125,7 +137,7 @@ def test_the_states_of_the_papers_model_by_zero_stage() -> None:
     """Worked out by hand, in GiB: 2.222 G parameters, 64 ranks."""
     count = 2_222_073_728
     one, two, three = (
-        model_states(ParameterCounts(count, count), zero_stage=stage, world_size=64) for stage in (1, 2, 3)
+        model_states(ParameterCounts(count, count, count), zero_stage=stage, world_size=64) for stage in (1, 2, 3)
     )
     assert one == two
     whole = 4 * count / 2**30
@@ -136,14 +148,14 @@ def test_the_states_of_the_papers_model_by_zero_stage() -> None:
 
 
 def test_frozen_parameters_have_neither_gradients_nor_moments() -> None:
-    all_train = model_states(ParameterCounts(1000, 1000), zero_stage=2, world_size=2)
-    frozen = model_states(ParameterCounts(1000, 400), zero_stage=2, world_size=2)
+    all_train = model_states(ParameterCounts(1000, 1000, 1000), zero_stage=2, world_size=2)
+    frozen = model_states(ParameterCounts(1000, 400, 1000), zero_stage=2, world_size=2)
     assert (frozen.weights, frozen.average) == (all_train.weights, all_train.average)
     assert frozen.gradients == 4 * 400 and frozen.optimizer == 4 * 3 * 400 // 2
 
 
 def test_offload_leaves_weights_and_gradients_on_the_device() -> None:
-    counts = ParameterCounts(1000, 1000, largest=100, largest_part=300)
+    counts = ParameterCounts(1000, 1000, 1000, largest=100, largest_part=300)
     states = model_states(counts, zero_stage=2, world_size=2, is_optimizer_offloaded=True)
     # a gradient passes a buffer of its size on either side
     assert (states.weights, states.gradients, states.optimizer, states.average) == (4000, 4000, 400, 0)
@@ -153,7 +165,7 @@ def test_offload_leaves_weights_and_gradients_on_the_device() -> None:
 
 
 def test_gradients_that_are_shared_out_in_each_micro_batch_leave_their_share() -> None:
-    counts = ParameterCounts(1000, 600)
+    counts = ParameterCounts(1000, 600, 1000)
     once, each = (
         model_states(counts, zero_stage=2, world_size=4, is_reduced_per_micro_batch=per_micro)
         for per_micro in (False, True)
@@ -164,7 +176,7 @@ def test_gradients_that_are_shared_out_in_each_micro_batch_leave_their_share() -
 
 
 def test_the_host_holds_a_snapshot_and_for_a_while_what_is_built() -> None:
-    counts = ParameterCounts(1000, 600, largest=100, largest_part=300)
+    counts = ParameterCounts(1000, 600, 1000, largest=100, largest_part=300)
     two, three = (model_states(counts, zero_stage=stage, world_size=4).host for stage in (2, 3))
     # weights and average of all, moments of what trains
     assert two.snapshot == three.snapshot == 4 * (2 * 1000 + 2 * 600) // 4
@@ -173,8 +185,8 @@ def test_the_host_holds_a_snapshot_and_for_a_while_what_is_built() -> None:
 
 
 def test_the_peak_is_the_backward_or_the_reduction_whichever_is_larger() -> None:
-    states = model_states(ParameterCounts(1000, 1000), zero_stage=2, world_size=2)
+    states = model_states(ParameterCounts(1000, 1000, 1000), zero_stage=2, world_size=2)
     assert states.peak(0) == states.held + states.reduction
     assert states.peak(10 * states.reduction) == states.held + 10 * states.reduction
-    sharded = model_states(ParameterCounts(1000, 1000), zero_stage=3, world_size=2)
+    sharded = model_states(ParameterCounts(1000, 1000, 1000), zero_stage=3, world_size=2)
     assert sharded.peak(7) == sharded.held + sharded.gathered + 7
