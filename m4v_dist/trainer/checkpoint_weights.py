@@ -1,6 +1,5 @@
 """A committed checkpoint's weights or average, one parameter at a time, for what memory cannot hold whole."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -25,7 +24,7 @@ class CheckpointWeights:
     def __init__(self, path: str, kind: Literal["weights", "ema"]) -> None:
         self.path = path
         self._marker = checkpoint.check(path)
-        self._index: Mapping[str, dict[str, list[list[int]]]] = self._marker.read_json("index.json")["tensors"]
+        self._index = self._marker.read_index()
         self._kind = kind
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(shape) for name, shape in self._marker.read_json("state.json")["shapes"].items()
@@ -40,7 +39,7 @@ class CheckpointWeights:
         entry = self._index.get(f"{self._kind}/{name}") or self._index[f"weights/{name}"]
         flat = torch.empty(torch.Size(self.shapes[name]).numel())
         by_rank: dict[int, list[Span]] = {}
-        for rank, span in spans_of(entry["parts"], 0, flat):
+        for rank, span in spans_of(entry.parts, 0, flat):
             by_rank.setdefault(rank, []).append(span)
         for rank, spans in by_rank.items():
             file = checkpoint.rank_file(rank)
