@@ -6,6 +6,9 @@ ours, and parameters by part. Pure arithmetic: it runs no model and writes nothi
 attention: joint attention timed on the columns of the config's last curriculum stage, beside its slow twins; on a GPU
 with `launch.use_gpu=true`. Writes nothing.
 
+scale: what 8 to 1,024 ranks send to one another in a step under each ZeRO stage, and to storage, of the config's last
+curriculum stage; sequence ranks too. Pure arithmetic on bandwidths of A100 machines, unmeasured.
+
 ablation: the rows of `benchmark.rows` train one after the other in this process, without Ray, on the cache's data and
 the config's last curriculum stage; tables, curves and every number go to `<run>/benchmark/ablation/`.
 
@@ -43,6 +46,7 @@ from m4v_dist.bench.ablation import (
 )
 from m4v_dist.bench.attention_times import attention_report, cases, describe
 from m4v_dist.bench.flops_tables import flops_report
+from m4v_dist.bench.scale_tables import ModelSize, scale_report
 from m4v_dist.bench.training_plan import memory
 from m4v_dist.bench.training_times import (
     TrainingTimes,
@@ -53,6 +57,7 @@ from m4v_dist.bench.training_times import (
     training_cases,
 )
 from m4v_dist.config.load import config_to_json
+from m4v_dist.config.model_settings import KernelSettings
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
 from m4v_dist.launch.ray_session import ray_session
@@ -62,7 +67,7 @@ from m4v_dist.trainer.metrics import read_rows
 
 logger = logging.getLogger(__name__)
 
-SUBJECTS = ("flops", "attention", "ablation", "training")
+SUBJECTS = ("flops", "attention", "scale", "ablation", "training")
 
 
 def flops(config: RunConfig, dry_run: bool) -> str:
@@ -86,6 +91,16 @@ def attention(config: RunConfig, dry_run: bool) -> str:
     torch.set_num_threads(config.trainer.num_threads)
     sys.stdout.write(attention_report(config, device) + "\n\n")
     return f"measured on {describe(device)}"
+
+
+def scale(config: RunConfig, dry_run: bool) -> str:
+    """Print the tables."""
+    if dry_run:
+        return "would print what ranks send to one another and to storage; writes nothing"
+    on_meta = build_on_meta(config.model, KernelSettings())
+    size = ModelSize({name: parameter.numel() for name, parameter in on_meta.named_parameters()})
+    sys.stdout.write(scale_report(config, size) + "\n\n")
+    return "figures by arithmetic on assumed bandwidths, none measured"
 
 
 def ablation(config: RunConfig, dry_run: bool) -> str:
@@ -266,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return cli.main("benchmark flops", flops, "Print FLOPs and parameters.", rest, writes=False)
         case "attention":
             return cli.main("benchmark attention", attention, "Time joint attention.", rest, writes=False)
+        case "scale":
+            return cli.main("benchmark scale", scale, "Print traffic on many ranks.", rest, writes=False)
         case "ablation":
             return cli.main("benchmark ablation", ablation, "Train the rows of the ablations side by side.", rest)
         case "training":
