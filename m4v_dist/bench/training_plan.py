@@ -381,8 +381,7 @@ def _ways_out(
     if config.trainer.zero_stage > 1 and config.trainer.reduce_gradients == "per_step":
         trainer = _changed(config, reduce_gradients="per_micro_batch")
         ways.append(("trainer.reduce_gradients=per_micro_batch", stage, columns, {"trainer": trainer}))
-    # At ZeRO 3 offload was not seen to end on a GPU.
-    if config.trainer.offload == "none" and config.trainer.zero_stage < 3:
+    if config.trainer.offload == "none":
         ways.append(("trainer.offload=optimizer", stage, columns, {"trainer": _changed(config, offload="optimizer")}))
     if stage.settings.micro_batch_slots > 1:
         ways.append(("micro_batch_slots=1", stage, stage.longest(1), {}))

@@ -204,8 +204,12 @@ def test_a_model_of_few_ranks_is_told_that_more_would_do() -> None:
     with pytest.raises(ConfigError, match=r"twice the workers \(") as caught:
         require_memory(config, stages, states_of)
     assert "trainer.zero_stage" not in str(caught.value) and "recompute" not in str(caught.value)
+    alone = [replace(stage, num_ranks=1) for stage in stages]
+    with pytest.raises(ConfigError, match=r"Ways out: trainer.offload=optimizer \("):
+        require_memory(config, alone, states_of)
+    longest = [replace(_plan(LARGE)[1][-1], num_ranks=1)]
     with pytest.raises(ConfigError, match=r"Not enough, each by itself: .*twice the workers \("):
-        require_memory(config, [replace(stage, num_ranks=1) for stage in stages], states_of)
+        require_memory(config, longest, states_of)
 
 
 @pytest.mark.parametrize("overrides", [[], ["launch.gpu='a100_40gb'"]], ids=["80 GB", "40 GB"])
