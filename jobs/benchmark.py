@@ -6,17 +6,22 @@ ours, and parameters by part. Pure arithmetic: it runs no model and writes nothi
 attention: joint attention timed on the columns of the config's last curriculum stage, beside its slow twins; on a GPU
 with `launch.use_gpu=true`. Writes nothing.
 
+scale: what 8 to 1,024 ranks send to one another in a step under each ZeRO stage, and to storage, of the config's last
+curriculum stage; sequence ranks too. Pure arithmetic on bandwidths of A100 machines, unmeasured.
+
 ablation: the rows of `benchmark.rows` train one after the other in this process, without Ray, on the cache's data and
 the config's last curriculum stage; tables, curves and every number go to `<run>/benchmark/ablation/`.
 
 training: the trainer timed as it is run, on Ray workers: each curriculum stage at each ZeRO stage for some steps, on
 random latents; tokens a second, MFU, memory beside the plan's, and what a save costs. Into `<run>/benchmark/training/`.
+
+sequence: one whole clip as one sequence, forward and backward, on `benchmark.worker_counts` ranks that cut it: seconds
+and memory of activations. Into `<run>/benchmark/sequence/`.
 """
 
 import argparse
 import logging
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,9 +31,8 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
-from data_pipeline.assumed_cache import write_assumed_cache
-from jobs import cli, plan
-from jobs.timed_training import run_case
+from jobs import cli
+from jobs.benchmark_on_workers import sequence, training
 from jobs.train import check_data, train_on_rank, with_absolute_paths
 from m4v_dist import storage
 from m4v_dist.bench.ablation import (
@@ -41,28 +45,21 @@ from m4v_dist.bench.ablation import (
     run_config,
     run_of_rows,
 )
-from m4v_dist.bench.attention_times import attention_report, cases, describe
+from m4v_dist.bench.attention_times import attention_report, cases
 from m4v_dist.bench.flops_tables import flops_report
-from m4v_dist.bench.training_plan import memory
-from m4v_dist.bench.training_times import (
-    TrainingTimes,
-    case_config,
-    times_folder,
-    times_of_rows,
-    times_page,
-    training_cases,
-)
+from m4v_dist.bench.hardware import describe, where_measured
+from m4v_dist.bench.scale_tables import ModelSize, scale_report
 from m4v_dist.config.load import config_to_json
+from m4v_dist.config.model_settings import KernelSettings
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError
-from m4v_dist.launch.ray_session import ray_session
 from m4v_dist.model.build import build_on_meta
 from m4v_dist.report.plots import Curve, Panel, panels_file
 from m4v_dist.trainer.metrics import read_rows
 
 logger = logging.getLogger(__name__)
 
-SUBJECTS = ("flops", "attention", "ablation", "training")
+SUBJECTS = ("flops", "attention", "scale", "ablation", "training", "sequence")
 
 
 def flops(config: RunConfig, dry_run: bool) -> str:
@@ -86,6 +83,16 @@ def attention(config: RunConfig, dry_run: bool) -> str:
     torch.set_num_threads(config.trainer.num_threads)
     sys.stdout.write(attention_report(config, device) + "\n\n")
     return f"measured on {describe(device)}"
+
+
+def scale(config: RunConfig, dry_run: bool) -> str:
+    """Print the tables."""
+    if dry_run:
+        return "would print what ranks send to one another and to storage; writes nothing"
+    on_meta = build_on_meta(config.model, KernelSettings())
+    size = ModelSize({name: parameter.numel() for name, parameter in on_meta.named_parameters()})
+    sys.stdout.write(scale_report(config, size) + "\n\n")
+    return "figures by arithmetic on assumed bandwidths, none measured"
 
 
 def ablation(config: RunConfig, dry_run: bool) -> str:
@@ -138,7 +145,7 @@ def _train_row(config: RunConfig, row: str) -> AblationRun:
 def _write(config: RunConfig, runs: Sequence[AblationRun]) -> None:
     """The page, the plot and the numbers of all runs that have finished."""
     folder = ablation_folder(config)
-    where = _where(config)
+    where = where_measured(config)
     storage.write_json(
         storage.join(folder, "ablation.json"),
         {"where": where, "config": config.model_dump(mode="json"), "runs": [asdict(run) for run in runs]},
@@ -149,65 +156,6 @@ def _write(config: RunConfig, runs: Sequence[AblationRun]) -> None:
     ]
     storage.write_bytes(storage.join(folder, "ablation.svg"), panels_file(panels, "held-out loss").encode())
     storage.write_bytes(storage.join(folder, "ablation.md"), ablation_page(config, runs, where).encode())
-
-
-def training(config: RunConfig, dry_run: bool) -> str:
-    """Time the trainer on each case, and write the page after every one.
-
-    Raises:
-        ConfigError: a remote run folder, no such curriculum stage, or more workers than there is room for.
-        JobError: as a case's run ended; what finished before it stays written.
-    """
-    config = with_absolute_paths(config)
-    if storage.is_remote(config.run.folder):
-        raise ConfigError(f"run.folder={config.run.folder}: a benchmark writes to local or mounted folders.")
-    cases, asked, folder = training_cases(config), config.benchmark, times_folder(config)
-    runs = [case_config(config, case) for case in cases]
-    what = f"{len(cases)} runs of {asked.num_warm_up_steps} and {asked.num_steps} steps, in {folder}"
-    most = max(runs, key=lambda run: run.launch.num_workers)
-    planned = plan.cache_to_come(most)
-    for run in runs:
-        plan.planned_stages(run, planned)
-    if dry_run:
-        return f"dry run: would time {what}"
-    for name in storage.list_folder(folder):
-        storage.remove(storage.join(folder, name))
-    write_assumed_cache(
-        planned,
-        latent_channels=config.model.latent_channels,
-        text_width=config.model.text_width,
-        pooled_width=config.model.pooled_width,
-    )
-    results: list[TrainingTimes] = []
-    with ray_session(most.launch):
-        for case, run in zip(cases, runs, strict=True):
-            logger.info("timing %s", case.name)
-            allocated_gib = run_case(
-                run,
-                num_steps=asked.num_warm_up_steps + asked.num_steps,
-                num_steps_after_save=asked.num_steps if asked.is_saving else None,
-            )
-            storage.remove(run.checkpoint_folder)
-            (stage,) = plan.planned_stages(run, planned)
-            needed = memory(run, stage, stage.longest(), plan.states_of)
-            rows, _ = read_rows(run.run.folder)
-            results.append(
-                times_of_rows(config, case, rows, allocated_gib=allocated_gib, planned_gib=needed.peak / 2**30)
-            )
-            where = _where(config)
-            page = times_page(config, results, where)
-            storage.write_bytes(storage.join(folder, "training.md"), page.encode())
-            storage.write_json(
-                storage.join(folder, "training.json"),
-                {"where": where, "config": config.model_dump(mode="json"), "runs": [asdict(r) for r in results]},
-            )
-    sys.stdout.write(page + "\n")
-    return f"{what}; {folder}/training.md"
-
-
-def _where(config: RunConfig) -> str:
-    device = torch.cuda.get_device_name() if config.launch.use_gpu else f"CPU, {config.trainer.num_threads} thread(s)"
-    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}, {config.trainer.precision}"
 
 
 def _device(*, use_gpu: bool) -> torch.device:
@@ -266,10 +214,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return cli.main("benchmark flops", flops, "Print FLOPs and parameters.", rest, writes=False)
         case "attention":
             return cli.main("benchmark attention", attention, "Time joint attention.", rest, writes=False)
+        case "scale":
+            return cli.main("benchmark scale", scale, "Print traffic on many ranks.", rest, writes=False)
         case "ablation":
             return cli.main("benchmark ablation", ablation, "Train the rows of the ablations side by side.", rest)
         case "training":
             return cli.main("benchmark training", training, "Time training on Ray workers.", rest)
+        case "sequence":
+            return cli.main("benchmark sequence", sequence, "Time one sequence on ranks that cut it.", rest)
     raise AssertionError(subject)
 
 

@@ -127,7 +127,7 @@ def check_kept(config: RunConfig, working_folder: str) -> None:
         working_folder: where this process stands.
 
     Raises:
-        ConfigError: in a submitted job, run folder, cache or start weights are a relative path.
+        ConfigError: in a submitted job, run folder, cache, start weights or an export are a relative path.
     """
     if _JOB_WORKING_DIR not in working_folder + "/":
         return
@@ -136,6 +136,7 @@ def check_kept(config: RunConfig, working_folder: str) -> None:
         "precompute.cache": config.precompute.cache,
         "warm_start.weights": config.warm_start.weights,
         "trainer.checkpoint_folder": config.trainer.checkpoint_folder,
+        "export.path": config.export.path,
     }
     for setting, path in paths.items():
         if path is not None and not storage.is_remote(path) and not os.path.isabs(path):

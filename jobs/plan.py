@@ -17,10 +17,11 @@ from m4v_dist.bench.training_plan import PlannedStage
 from m4v_dist.blocks.layout import ColumnShape
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.model.build import build_on_meta
+from m4v_dist.config.training_settings import TrainerSettings
+from m4v_dist.model.build import build_on_meta, model_parts
 from m4v_dist.objective.history import choose_unit, num_segment_tokens
 from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stages
-from m4v_dist.trainer.model_states import ModelStates, model_states
+from m4v_dist.trainer.model_states import ModelStates, ParameterCounts, model_states
 from m4v_dist.trainer.optimizer import is_frozen
 
 NUM_PLANNED_STEPS = 16
@@ -89,15 +90,30 @@ def _planned_steps(
     return steps
 
 
-def states_of(model: ModelSettings, freeze: Sequence[str], zero_stage: int, world_size: int) -> ModelStates:
+def states_of(model: ModelSettings, freeze: Sequence[str], trainer: TrainerSettings, world_size: int) -> ModelStates:
     """What a rank holds of a model beside activations."""
-    total, trained = _num_parameters(model, tuple(freeze))
-    return model_states(total, trained, zero_stage=zero_stage, world_size=world_size)
+    return model_states(
+        _parameter_counts(model, tuple(freeze)),
+        zero_stage=trainer.zero_stage,
+        world_size=world_size,
+        is_optimizer_offloaded=trainer.offload == "optimizer",
+        is_reduced_per_micro_batch=trainer.reduce_gradients == "per_micro_batch",
+        hpz_partition_size=trainer.hpz_partition_size if trainer.zero_stage == 3 else 1,
+    )
 
 
 @lru_cache(maxsize=64)
-def _num_parameters(model: ModelSettings, freeze: tuple[str, ...]) -> tuple[int, int]:
-    """Of all, and of what trains."""
+def _parameter_counts(model: ModelSettings, freeze: tuple[str, ...]) -> ParameterCounts:
     # Which backend scans changes no parameter, and a plan may count with one that is not there.
-    sizes = {name: p.numel() for name, p in build_on_meta(model, KernelSettings()).named_parameters()}
-    return sum(sizes.values()), sum(size for name, size in sizes.items() if not is_frozen(name, freeze))
+    built = build_on_meta(model, KernelSettings())
+    sizes = {name: p.numel() for name, p in built.named_parameters()}
+    training = [size for name, size in sizes.items() if not is_frozen(name, freeze)]
+    trained = sum(training)
+    return ParameterCounts(
+        all=sum(sizes.values()),
+        trained=trained,
+        # Where one stage freezes the base for its adapters, all do.
+        averaged=trained if "base" in freeze else sum(sizes.values()),
+        largest=max(training, default=0),
+        largest_part=max(sum(p.numel() for p in part.parameters()) for _, part in model_parts(built)),
+    )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m4v_dist.bench.flops_tables import LATENT_STRIDE, column_of
+from m4v_dist.bench.hardware import describe
 from m4v_dist.bench.markdown import table
 from m4v_dist.blocks.attention import joint_attention, prefix_joint_attention
 from m4v_dist.blocks.flex_attention import key_runs, padded_length
@@ -71,12 +72,6 @@ def cases(config: RunConfig) -> tuple[Case, ...]:
         Case(f"row at unit {half}", tuple(column(half, s) for s in objective.pyramid_stage_columns)),
         Case(f"row at unit {last}", tuple(column(last, s) for s in objective.pyramid_stage_columns)),
     )
-
-
-def describe(device: torch.device) -> str:
-    """Device, versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return f"{name}, torch {torch.__version__}, {'bfloat16' if device.type == 'cuda' else 'float32'}"
 
 
 def _row(case: Case, config: RunConfig, device: torch.device) -> list[str]:

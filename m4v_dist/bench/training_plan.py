@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from m4v_dist.bench.host_memory import HostStates, host_line
 from m4v_dist.bench.markdown import amount, table
 from m4v_dist.bench.sequence_cut import sequence_line
 from m4v_dist.blocks.layout import ColumnShape, cut_imbalance
@@ -16,7 +17,7 @@ from m4v_dist.config.gpus import GPUS, USABLE_FRACTION, Gpu
 from m4v_dist.config.model_settings import ModelSettings
 from m4v_dist.config.presets import MODEL_PRESETS
 from m4v_dist.config.schema import RunConfig
-from m4v_dist.config.training_settings import CurriculumStageSettings
+from m4v_dist.config.training_settings import CurriculumStageSettings, TrainerSettings
 from m4v_dist.errors import ConfigError
 from m4v_dist.model.activations import activation_bytes
 from m4v_dist.model.flops import training_flops
@@ -37,11 +38,14 @@ class States(Protocol):
     @property
     def gathered(self) -> int: ...
 
+    @property
+    def host(self) -> HostStates: ...
+
     def peak(self, activation_bytes: int) -> int: ...
 
 
-StatesOf = Callable[[ModelSettings, Sequence[str], int, int], States]
-"""States of (model, freeze set, ZeRO stage, ranks)."""
+StatesOf = Callable[[ModelSettings, Sequence[str], TrainerSettings, int], States]
+"""States of (model, freeze set, ZeRO stage, offload and reduction, ranks)."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def memory(
     states_of: StatesOf,
     *,
     model: ModelSettings | None = None,
-    zero_stage: int | None = None,
+    trainer: TrainerSettings | None = None,
 ) -> Memory:
     """Memory of a rank that trains a stage.
 
@@ -152,9 +156,10 @@ def memory(
         stage: whose freeze set and ranks count.
         columns: the micro-batch, the longest one as a rule.
         states_of: see its type.
-        model, zero_stage: in place of the config's.
+        model, trainer: in place of the config's.
     """
     model = config.model if model is None else model
+    trainer = config.trainer if trainer is None else trainer
     activations, kept = (
         activation_bytes(
             model.model_copy(update={"recompute": recompute}),
@@ -164,18 +169,36 @@ def memory(
         ).peak
         for recompute in (model.recompute, "none")
     )
-    zero_stage = config.trainer.zero_stage if zero_stage is None else zero_stage
     # ZeRO shards over the whole world, and what sequence ranks share of a micro-batch is shared of its activations.
     sequence = config.launch.sequence_parallel
     share = cut_imbalance(columns, sequence) / sequence
     activations, kept = round(activations * share), round(kept * share)
-    states = states_of(model, stage.settings.freeze, zero_stage, stage.num_ranks * sequence)
+    states = _states(config, stage, states_of, model=model, trainer=trainer)
     return Memory(states.held + states.gathered, activations, kept, states.peak(activations))
+
+
+def _states(
+    config: RunConfig,
+    stage: PlannedStage,
+    states_of: StatesOf,
+    *,
+    model: ModelSettings | None = None,
+    trainer: TrainerSettings | None = None,
+) -> States:
+    return states_of(
+        config.model if model is None else model,
+        stage.settings.freeze,
+        config.trainer if trainer is None else trainer,
+        stage.num_ranks * config.launch.sequence_parallel,
+    )
 
 
 def plan_report(config: RunConfig, stages: Sequence[PlannedStage], states_of: StatesOf) -> str:
     """All tables of a plan."""
     parts = [work_table(config, stages), memory_table(config, stages, states_of)]
+    # An elastic run holds most on its fewest ranks.
+    stages_on_fewest = [on_fewest(config, stage) for stage in stages]
+    parts.append(host_line(config, [_states(config, stage, states_of).host for stage in stages_on_fewest]))
     if config.launch.gpu is not None:
         parts.append(fit_table(config, stages, states_of))
     if config.launch.sequence_parallel > 1:
@@ -269,11 +292,21 @@ def memory_table(config: RunConfig, stages: Sequence[PlannedStage], states_of: S
         heads.append(f"{gpu.title}, {gpu.usable_bytes / GIB:.1f} GiB usable")
     note = (
         f"Model states: weights, gradients, moments and average at ZeRO {config.trainer.zero_stage}. The peak is that "
-        "of a step's last backward, or of the reduction after it (a bucket of 1.86 GiB), whichever is higher. By "
-        "arithmetic, not measured; "
+        "of a step's last backward, or of the reduction after it (a bucket of 1.86 GiB), whichever is higher. "
+        f"{_options_line(config)}By arithmetic, not measured; "
         f"{100 * USABLE_FRACTION:g} % of a GPU's memory count as usable."
     )
     return f"{table(heads, rows)}\n\n{note}"
+
+
+def _options_line(config: RunConfig) -> str:
+    """What of the trainer's options moves model states about."""
+    words = []
+    if config.trainer.reduce_gradients == "per_micro_batch":
+        words.append("Gradients are shared out in each micro-batch (whole at ZeRO 1). ")
+    if config.trainer.offload == "optimizer":
+        words.append("Master weights, moments and their average are on the host. ")
+    return "".join(words)
 
 
 def fit_table(config: RunConfig, stages: Sequence[PlannedStage], states_of: StatesOf) -> str:
@@ -282,12 +315,13 @@ def fit_table(config: RunConfig, stages: Sequence[PlannedStage], states_of: Stat
     longest = [{size: stage.longest(size) for size in stage.fitting_sizes()} for stage in stages]
     rows = []
     for preset in MODEL_PRESETS:
-        model = ModelSettings.model_validate({"preset": preset, "recompute": config.model.recompute})
+        kept = {"recompute": config.model.recompute, "lora": config.model.lora}
+        model = ModelSettings.model_validate({"preset": preset, **kept})
         for zero_stage in (1, 2, 3):
-            cells = []
+            cells, trainer = [], _changed(config, zero_stage=zero_stage)
             for stage, by_size in zip(stages, longest, strict=True):
                 peaks = {
-                    size: memory(config, stage, columns, states_of, model=model, zero_stage=zero_stage).peak
+                    size: memory(config, stage, columns, states_of, model=model, trainer=trainer).peak
                     for size, columns in by_size.items()
                 }
                 cells.append(" / ".join(_largest_fitting(peaks, gpu) for gpu in gpus))
@@ -343,9 +377,18 @@ def _ways_out(
         model = config.model.model_copy(update={"recompute": "blocks"})
         ways.append(("model.recompute=blocks", stage, columns, {"model": model}))
     if config.trainer.zero_stage < 3:
-        ways.append(("trainer.zero_stage=3", stage, columns, {"zero_stage": 3}))
+        ways.append(("trainer.zero_stage=3", stage, columns, {"trainer": _changed(config, zero_stage=3)}))
+    if config.trainer.zero_stage > 1 and config.trainer.reduce_gradients == "per_step":
+        trainer = _changed(config, reduce_gradients="per_micro_batch")
+        ways.append(("trainer.reduce_gradients=per_micro_batch", stage, columns, {"trainer": trainer}))
+    if config.trainer.offload == "none":
+        ways.append(("trainer.offload=optimizer", stage, columns, {"trainer": _changed(config, offload="optimizer")}))
     if stage.settings.micro_batch_slots > 1:
         ways.append(("micro_batch_slots=1", stage, stage.longest(1), {}))
     peaks = [(way, memory(config, at, micro, states_of, **changed).peak) for way, at, micro, changed in ways]
     now = memory(config, stage, columns, states_of).peak
     return sorted((found for found in peaks if found[1] < now), key=lambda found: found[1])
+
+
+def _changed(config: RunConfig, **values: object) -> TrainerSettings:
+    return config.trainer.model_copy(update=values)

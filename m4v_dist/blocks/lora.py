@@ -85,9 +85,26 @@ def merge_adapters(state: Mapping[str, Tensor], settings: LoraSettings) -> dict[
     """
     merged = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
     for name, up in state.items():
-        path, _, last = name.rpartition(".")
-        if last == UP:
-            merged[f"{path}.weight"] = merged[f"{path}.weight"] + settings.alpha / settings.rank * (
-                up @ state[f"{path}.{DOWN}"]
-            )
+        if name.rpartition(".")[2] == UP:
+            path = adapter_of(name)
+            weight = f"{path}.weight"
+            merged[weight] = merged_weight(merged[weight], state[f"{path}.{DOWN}"], up, settings)
     return merged
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, down: Tensor, up: Tensor, settings: LoraSettings) -> Tensor:
+    """W + alpha / rank U D: o i, float32.
+
+    Args:
+        weight: of the base, o i.
+        down: r i.
+        up: o r.
+        settings: what the adapter was made with.
+    """
+    return weight + settings.alpha / settings.rank * (up @ down)
+
+
+def adapter_of(name: str) -> str:
+    """The linear that a parameter belongs to, its own or an adapter's."""
+    return name.rpartition(".")[0]

@@ -147,6 +147,25 @@ class BenchmarkSettings(Settings):
     )  # fmt: skip
 
 
+class ExportSettings(Settings):
+    """What `jobs.export` writes, and of which checkpoint."""
+
+    what: Literal["model", "adapters"] = Field(
+        default="model", description="model: all weights, with model.lora's adapters merged in; adapters: these alone."
+    )
+    weights: Literal["ema", "raw"] = Field(
+        default="ema", description="ema: averaged weights; raw: as the last step left them."
+    )
+    checkpoint: str | None = Field(
+        default=None, description="Name in the run's checkpoints, or a path; None takes the newest committed."
+    )
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Safetensors file to write, local or s3://; None is <run.folder>/export/, named by what and step.",
+    )
+
+
 class RunConfig(Settings):
     """One run: everything that every verb needs."""
 
@@ -165,6 +184,7 @@ class RunConfig(Settings):
     logging: LoggingSettings = LoggingSettings()
     sampling: SamplingSettings = SamplingSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
+    export: ExportSettings = ExportSettings()
 
     @property
     def start_weights(self) -> str | None:

@@ -4,8 +4,14 @@ Counted is what the blocks' code saves for backward, tensor by tensor, with matm
 float32. Autocast casts the input of each linear anew, so q, k and v keep a copy each; norms, modulation and gates keep
 float32. Left out are index tables, masks and what belongs to a column instead of a token: below one per cent together.
 
-Held against torch's saved-tensor hooks and against the peak of a backward in `tests/model/test_activations.py`. A GPU's
-attention pads its length to two sizes an octave, and its allocator rounds: neither is in here.
+With selective recompute a block keeps its input and the outputs of the operators in `blocks/recompute.py`. Whether a
+GPU's compiled attention is kept by it was not looked at; it counts as kept.
+
+A frozen base keeps less than is counted here: a scale or a tap that does not train leaves its factor alone.
+
+Held against torch's saved-tensor hooks, against what a forward leaves alive, and against the peak of a backward in
+`tests/model/test_activations.py`. A GPU's attention pads its length to two sizes an octave, and its allocator rounds:
+neither is in here.
 
 Legend: d width, h heads, e inner width of an SSM, N state size, g groups, Q chunk, b bytes of a matmul's number.
 """
@@ -16,6 +22,7 @@ from typing import assert_never
 
 from m4v_dist.blocks.layout import ColumnShape
 from m4v_dist.config.model_settings import BlockMixer, KernelSettings, ModelSettings, SsmSettings
+from m4v_dist.model.adapters import AdaptedLinear, double_block_adapters, unified_block_adapters
 from m4v_dist.model.flops import scanned_tokens, temporal_tokens
 
 FLOAT32 = 4
@@ -29,7 +36,7 @@ class Activations:
 
     Args:
         saved: what is kept from the forward to the backward.
-        block: what the largest block keeps while its backward runs, if `saved` holds its input alone (recompute).
+        block: what the largest block adds while its backward runs, if `saved` does not hold all of it (recompute).
         workspace: temporaries of the backward.
         weights: bfloat16 copies of the weights that are alive at the peak.
     """
@@ -47,14 +54,27 @@ class Activations:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Of one block: bytes kept beside weights, bytes of its largest tensor, weights of its matmuls (numbers)."""
+    """Of one block.
+
+    Args:
+        bytes: kept beside weights.
+        largest: bytes of its largest tensor.
+        weights: of its matmuls, in numbers.
+        outputs: bytes of what its linears, fused attention and scan kernels give: what "selective" keeps of it.
+    """
 
     bytes: int
     largest: int
     weights: int
+    outputs: int = 0
 
     def __add__(self, other: "_Kept") -> "_Kept":
-        return _Kept(self.bytes + other.bytes, max(self.largest, other.largest), self.weights + other.weights)
+        return _Kept(
+            self.bytes + other.bytes,
+            max(self.largest, other.largest),
+            self.weights + other.weights,
+            self.outputs + other.outputs,
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +107,7 @@ def activation_bytes(
     """Estimate what one forward and backward of a packed micro-batch takes beside parameters and their gradients.
 
     Args:
-        settings: the model, its `recompute` too; "selective" counts as "none", an upper bound.
+        settings: the model, its `recompute` too.
         kernels: the backend decides what a scan keeps.
         columns: of the micro-batch.
         is_mixed: matmuls in bfloat16 under autocast.
@@ -97,20 +117,27 @@ def activation_bytes(
     doubles = [double_block(settings, counts, is_mixed)] * settings.num_double_blocks
     unified = [unified_block(settings, kernels, mixer, counts, is_mixed) for mixer in settings.block_mixers]
     blocks = [*doubles, *unified]
-    again: list[_Kept] = []
-    kept: list[_Kept] = []
+    block_input = counts.tokens * width * FLOAT32
+    saved, largest_again = 0, 0
     for kind in (doubles, unified):
         for number, block in enumerate(kind):
-            # "selective" keeps less than all; how much less is not worked out here, so it counts as all.
-            (again if settings.recompute_of(number, len(kind)) == "blocks" else kept).append(block)
+            match settings.recompute_of(number, len(kind)):
+                case "none":
+                    saved += block.bytes
+                case "blocks":
+                    saved += block_input
+                    largest_again = max(largest_again, block.bytes)
+                case "selective":
+                    saved += block_input + block.outputs
+                    # Recomputing takes the kept outputs up into the block's graph, or lets them go.
+                    largest_again = max(largest_again, block.bytes - block.outputs)
     ends = _ends(settings, columns, counts, matmul_bytes)
-    inputs = len(again) * counts.tokens * width * FLOAT32
     # Autocast keeps the copies of all weights until the forward ends, and its last block is whole by then: so they
     # count beside the block, though in the backward a block's own would do.
     copied = 2 * (sum(block.weights for block in blocks) + ends.weights) if is_mixed else 0
     return Activations(
-        saved=sum(block.bytes for block in kept) + inputs + ends.bytes,
-        block=max((block.bytes for block in again), default=0),
+        saved=saved + ends.bytes,
+        block=largest_again,
         workspace=WORKSPACE_TENSORS * max(block.largest for block in (*blocks, ends)),
         weights=copied,
     )
@@ -134,7 +161,9 @@ def double_block(settings: ModelSettings, counts: _Counts, is_mixed: bool) -> _K
     # In float32 the linears share the modulated tokens; under autocast each keeps its own copy.
     inputs = (3 * b * d + b * d) if is_mixed else 2 * FLOAT32 * d
     per_token = 2 * modulated + inputs + _norms_and_core(settings, b) + b * d + 2 * 4 * b * d + 2 * 2 * FLOAT32 * d
-    return _Kept(counts.tokens * per_token, counts.tokens * max(4 * b, FLOAT32) * d, 2 * (4 + 8) * d**2)
+    outputs = counts.tokens * (10 * b * d + FLOAT32 * settings.num_heads)
+    block = _Kept(counts.tokens * per_token, counts.tokens * max(4 * b, FLOAT32) * d, 2 * (4 + 8) * d**2, outputs)
+    return block + _adapters(settings, double_block_adapters(settings), counts, b, num_streams=2)
 
 
 def unified_block(
@@ -143,15 +172,29 @@ def unified_block(
     """Modulation, mixer, temporal branch beside an SSM, feed-forward, gate."""
     d, b = settings.hidden_size, 2 if is_mixed else FLOAT32
     per_token = 3 * FLOAT32 * d + 2 * FLOAT32 + b * d + 4 * b * d + 5 * b * d + 2 * FLOAT32 * d
-    kept = _Kept(counts.tokens * per_token, counts.tokens * 5 * b * d, (4 + 5) * d**2)
+    kept = _Kept(counts.tokens * per_token, counts.tokens * 5 * b * d, (4 + 5) * d**2, counts.tokens * 5 * b * d)
     if mixer != "ssm":
         inputs = 3 * b * d if is_mixed else 0
-        kept += _Kept(counts.tokens * (inputs + _norms_and_core(settings, b)), 0, 3 * d**2)
+        outputs = counts.tokens * (4 * b * d + FLOAT32 * settings.num_heads)
+        kept += _Kept(counts.tokens * (inputs + _norms_and_core(settings, b)), 0, 3 * d**2, outputs)
     if mixer != "attention":
         kept += ssm_mixer(d, settings.ssm, kernels, counts.scanned, is_mixed)
         if settings.has_temporal_branch:
             kept += _temporal_branch(settings, counts, is_mixed)
-    return kept
+    return kept + _adapters(settings, unified_block_adapters(settings, mixer), counts, b)
+
+
+def _adapters(
+    settings: ModelSettings, linears: Sequence[AdaptedLinear], counts: _Counts, matmul_bytes: int, num_streams: int = 1
+) -> _Kept:
+    """What adapters add, between down and up: they read what the linear beside them would keep, were it not frozen."""
+    rank, kept, outputs, weights = settings.lora.rank, 0, 0, 0
+    for adapted in linears:
+        tokens = sum(counts.scanned) if adapted.is_scanned else counts.tokens
+        kept += tokens * matmul_bytes * rank
+        outputs += tokens * matmul_bytes * (rank + adapted.width_out)
+        weights += num_streams * rank * (adapted.width_in + adapted.width_out)
+    return _Kept(kept, 0, weights, outputs)
 
 
 def _norms_and_core(settings: ModelSettings, matmul_bytes: int) -> int:
@@ -166,7 +209,7 @@ def _temporal_branch(settings: ModelSettings, counts: _Counts, is_mixed: bool) -
     inputs = 3 * b * d if is_mixed else FLOAT32 * d
     kept = counts.pooled * (inputs + 3 * FLOAT32 * w + b * w)
     kept += FLOAT32 * settings.temporal_heads * counts.pooled_pairs
-    return _Kept(kept, FLOAT32 * counts.pooled * d, 4 * d * w)
+    return _Kept(kept, FLOAT32 * counts.pooled * d, 4 * d * w, counts.pooled * b * (3 * w + d))
 
 
 def ssm_mixer(width: int, ssm: SsmSettings, kernels: KernelSettings, lengths: Sequence[int], is_mixed: bool) -> _Kept:
@@ -209,7 +252,8 @@ def ssm_mixer(width: int, ssm: SsmSettings, kernels: KernelSettings, lengths: Se
     for length in lengths:
         scan += _scan(ssm, kernels, length, inner_width=e, heads=heads)
     weights = width * projected + (width * e if ssm.variant == "mamba2" else 0)
-    return _Kept(tokens * per_token, FLOAT32 * tokens * channels, weights) + scan
+    outputs = tokens * b * (projected + (width if ssm.variant == "mamba2" else 0))
+    return _Kept(tokens * per_token, FLOAT32 * tokens * channels, weights, outputs) + scan
 
 
 def _scan(ssm: SsmSettings, kernels: KernelSettings, tokens: int, *, inner_width: int, heads: int) -> _Kept:
@@ -233,7 +277,8 @@ def _scan(ssm: SsmSettings, kernels: KernelSettings, tokens: int, *, inner_width
             return _Kept(filled * per_token + states, max(filled * pairs, filled * FLOAT32 * heads * n), 0)
         case "triton" | "mamba_ssm":
             # A fused kernel keeps its inputs, its output and a state for each chunk.
-            return _Kept(tokens * FLOAT32 * (e + 2 * groups * n) + state * num_chunks, state * num_chunks, 0)
+            outputs = tokens * FLOAT32 * e + state * num_chunks
+            return _Kept(tokens * FLOAT32 * (e + 2 * groups * n) + state * num_chunks, state * num_chunks, 0, outputs)
         case _:
             assert_never(kernels.backend)
 
@@ -250,9 +295,10 @@ def _mamba1(width: int, ssm: SsmSettings, kernels: KernelSettings, lengths: Sequ
     per_token += FLOAT32 * e * (3 if is_mixed else 2) * (ssm.gate == "silu") + b * e
     state = FLOAT32 * e * n
     weights = width * 3 * e + e * (2 * rank + 2 * n)
+    outputs = tokens * b * (3 * e + rank + 2 * n + width)
     if kernels.backend == "reference":
-        return _Kept(tokens * (per_token + 4 * state), state * chunk, weights)
+        return _Kept(tokens * (per_token + 4 * state), state * chunk, weights, outputs)
     num_chunks = sum(-(-length // ssm.chunk_size) for length in lengths)
     # The backward of a chunk has its states after each of the log2(Q) doublings.
     largest = state * chunk * max(1, (chunk - 1).bit_length())
-    return _Kept(tokens * per_token + state * num_chunks, largest, weights)
+    return _Kept(tokens * per_token + state * num_chunks, largest, weights, outputs)

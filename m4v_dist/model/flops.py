@@ -20,6 +20,7 @@ from typing import assert_never
 from m4v_dist.blocks.embed import TIMESTEP_WIDTH
 from m4v_dist.blocks.layout import ColumnShape
 from m4v_dist.config.model_settings import BlockMixer, ModelSettings, SsmSettings
+from m4v_dist.model.adapters import AdaptedLinear, double_block_adapters, unified_block_adapters
 
 Flops = Counter[str]
 """FLOPs by part: the keys are `PARTS`."""
@@ -41,6 +42,7 @@ PARTS = (
     "unified: temporal projections",
     "unified: temporal attention",
     "unified: feed-forward and out",
+    "adapters",
     "out",
 )
 """Parts in the order that a token passes them. The last linear of a unified block, 5d to d, is in its feed-forward."""
@@ -50,6 +52,11 @@ SELECTIVE_SCAN_FLOPS = 9
 
 NOT_KEPT_BY_SELECTIVE = frozenset({"unified: ssm convolution", "unified: ssm scan", "unified: temporal attention"})
 """What `recompute = "selective"` computes again where the scan is plain torch; see `blocks/recompute.py`."""
+
+WITHOUT_BASE_WEIGHTS = frozenset(
+    {"double: attention", "unified: attention", "unified: ssm scan", "unified: temporal attention", "adapters"}
+)
+"""Parts whose backward is the same whatever of the base is frozen."""
 
 MIXER_PARTS = frozenset(
     part for part in PARTS if part.startswith(("unified: attention", "unified: ssm", "unified: temporal"))
@@ -198,6 +205,17 @@ def embedders(settings: ModelSettings, column: ColumnShape) -> int:
     return conditioning + linear(settings.text_width, width, column.num_text) + linear(patch, width, column.num_video)
 
 
+def adapters(settings: ModelSettings, linears: Sequence[AdaptedLinear], column: ColumnShape) -> Flops:
+    """Down and up of a block's adapters: 2 r (i + o) per token of each adapted linear; none without LoRA."""
+    tokens, scanned = column.num_text + column.num_video, scanned_tokens(settings, column)
+    rank = settings.lora.rank
+    flops: Flops = Counter()
+    for adapted in linears:
+        count = scanned if adapted.is_scanned else tokens
+        flops["adapters"] += linear(adapted.width_in, rank, count) + linear(rank, adapted.width_out, count)
+    return flops
+
+
 def double_block(width: int, column: ColumnShape) -> Flops:
     """MM-DiT: modulation of both streams (2 d 6 d, once a column), q k v o (8 d^2), core, feed-forward (16 d^2)."""
     tokens = column.num_text + column.num_video
@@ -233,7 +251,7 @@ def unified_block(settings: ModelSettings, mixer: BlockMixer, column: ColumnShap
         flops += ssm_mixer(width, settings.ssm, scanned_tokens(settings, column))
         if settings.has_temporal_branch:
             flops += temporal_branch(width, settings.temporal_width, column)
-    return flops
+    return flops + adapters(settings, unified_block_adapters(settings, mixer), column)
 
 
 def forward_flops(settings: ModelSettings, column: ColumnShape) -> Flops:
@@ -242,8 +260,9 @@ def forward_flops(settings: ModelSettings, column: ColumnShape) -> Flops:
     patch = settings.latent_channels * settings.patch_size**2
     out = linear(width, 2 * width, 1) + linear(width, patch, column.num_noisy_tokens)
     flops: Flops = Counter({"embedders": embedders(settings, column), "out": out})
+    in_double = double_block_adapters(settings)
     for _ in range(settings.num_double_blocks):
-        flops += double_block(width, column)
+        flops += double_block(width, column) + adapters(settings, in_double, column)
     for mixer in settings.block_mixers:
         flops += unified_block(settings, mixer, column)
     return flops
@@ -263,13 +282,24 @@ def training_flops(settings: ModelSettings, column: ColumnShape, freeze: Sequenc
     Args:
         settings: the model.
         column: what it reads.
-        freeze: sets that do not train: their linears have no weight gradient, one forward less.
+        freeze: sets that do not train: their linears have no weight gradient, one forward less. Of a frozen base the
+            embedders and modulations, before which nothing trains, have no backward at all.
     """
     flops: Flops = Counter()
     for part, count in forward_flops(settings, column).items():
-        is_frozen = "double_blocks" in freeze and part.startswith("double:") and part != "double: attention"
-        flops[part] = count * (3 - is_frozen)
+        flops[part] = count * (1 + _num_gradients(part, freeze))
+    if "base" in freeze:
+        flops["out"] -= linear(settings.hidden_size, 2 * settings.hidden_size, 1)
     return flops + recomputed_flops(settings, column)
+
+
+def _num_gradients(part: str, freeze: Sequence[str]) -> int:
+    """Products of a forward's size in the backward of a part: for inputs, for weights or what stands for them."""
+    if part in WITHOUT_BASE_WEIGHTS:
+        return 2
+    if "base" in freeze:
+        return 0 if part == "embedders" or part.endswith("modulation") else 1
+    return 1 if "double_blocks" in freeze and part.startswith("double:") else 2
 
 
 def recomputed_flops(settings: ModelSettings, column: ColumnShape) -> Flops:
@@ -278,6 +308,7 @@ def recomputed_flops(settings: ModelSettings, column: ColumnShape) -> Flops:
     for number in range(settings.num_double_blocks):
         if settings.recompute_of(number, settings.num_double_blocks) == "blocks":
             flops += double_block(settings.hidden_size, column)
+            flops += adapters(settings, double_block_adapters(settings), column)
     for number, mixer in enumerate(settings.block_mixers):
         recompute = settings.recompute_of(number, settings.num_single_blocks)
         if recompute != "none":

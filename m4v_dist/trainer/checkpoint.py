@@ -2,9 +2,10 @@
 
 `step_00000120/` holds `attempt_0003/`, the files of the attempt that wrote it:
     rank_00000.safetensors   of each rank: its ranges of weights/<parameter>, ema/<parameter>, exp_avg/<parameter> and
-                             exp_avg_sq/<parameter>, 1-d float32, named <key>@<first element>
+                             exp_avg_sq/<parameter>, 1-d float32, named <key>@<first element>; no ema where no stage of
+                             the curriculum trains the parameter, no moments where this one does not
     rank_00000.json          of each rank: sums and ranges of that file, and the rank's random state
-    index.json               of each key: its size, and its ranges: first element, length, rank, byte in the rank's file
+    index.json               of each key: its size, and its ranges or the rule that they follow (`checkpoint_index.py`)
     state.json config.json   step, curriculum position, loader, optimizer steps, counts, shapes; the resolved config
 and, last of all, `COMMITTED`: the attempt's number, and of each file its size and a checksum for each megabyte. A
 folder without it is no checkpoint: it is named in the log and passed over. `DAMAGED` says why a marker was taken away.
@@ -30,12 +31,15 @@ from torch import Tensor
 from m4v_dist import storage
 from m4v_dist.errors import DamagedCheckpointError, DataError
 from m4v_dist.trainer.block_file import FileSums, read_file
+from m4v_dist.trainer.checkpoint_index import IndexEntry, read_index
 from m4v_dist.trainer.range_reader import Span, fill, spans_of
 from m4v_dist.trainer.ranges import Ranges
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
+READ_FORMATS = (2, 3)
+"""Of format 2 the index has all ranges written out; the rest is the same."""
 COMMITTED = "COMMITTED"
 DAMAGED = "DAMAGED"
 _FOLDER = re.compile(r"^step_(\d{8})$")
@@ -96,6 +100,14 @@ class Marker:
         value: dict[str, Any] = json.loads(read_file(self.path(name), self.files[name]))
         return value
 
+    def read_index(self) -> dict[str, IndexEntry]:
+        """Where each tensor is, by its key.
+
+        Raises:
+            DamagedCheckpointError: the index is missing, or not what was written.
+        """
+        return read_index(self.read_json("index.json"))
+
 
 def marker_json(step: int, attempt: int, files: Mapping[str, FileSums]) -> bytes:
     """What `read_marker` reads."""
@@ -115,7 +127,7 @@ def read_marker(path: str) -> Marker:
     try:
         value = json.loads(storage.read_bytes(file))
         found = 1 if "size_bytes" in value else value["format"]
-        if found == FORMAT:
+        if found in READ_FORMATS:
             files = {name: FileSums.from_json(sums) for name, sums in value["files"].items()}
             attempt = int(value["attempt"])
             return Marker(attempt, attempt_folder(path, attempt), files)
@@ -124,9 +136,10 @@ def read_marker(path: str) -> Marker:
         raise DamagedCheckpointError(
             f"{file}: no marker of a checkpoint ({type(error).__name__}: {error}); {_way_out(path)}"
         ) from error
+    read = ", ".join(map(str, READ_FORMATS))
     raise DataError(
-        f"{path}: checkpoint format {found}, but this code reads format {FORMAT}; go on with the code that wrote it, "
-        "or give another run.folder."
+        f"{path}: checkpoint format {found}, but this code reads formats {read}; go on with the code that wrote it, or "
+        "give another run.folder."
     )
 
 
@@ -147,20 +160,20 @@ def load(path: str, tensors: Mapping[str, Ranges], *, may_miss: Collection[str] 
         DamagedCheckpointError: a file is not what was written.
     """
     marker = check(path)
-    index = marker.read_json("index.json")["tensors"]
+    index = marker.read_index()
     wanted: dict[str, list[Span]] = {}
     for key, ranges in tensors.items():
         entry = index.get(key)
         if entry is None and key.split("/", 1)[0] in may_miss:
             continue
-        if entry is None or entry["num_elements"] != ranges.num_elements:
-            size = "nothing" if entry is None else f"{entry['num_elements']}"
+        if entry is None or entry.num_elements != ranges.num_elements:
+            size = "nothing" if entry is None else f"{entry.num_elements}"
             raise DataError(
                 f"{path}: {key} needs {ranges.num_elements} elements, but the checkpoint has {size}; it was written by "
                 "another model: use its config, or a fresh run.folder."
             )
         for start, values in ranges.parts:
-            for rank, span in spans_of(entry["parts"], start, values):
+            for rank, span in spans_of(entry.parts, start, values):
                 wanted.setdefault(rank_file(rank), []).append(span)
     for name, spans in wanted.items():
         fill(marker.path(name), marker.files[name], spans)
@@ -172,8 +185,14 @@ def stored_names(path: str, kind: str) -> set[str]:
     Raises:
         DamagedCheckpointError: its index is not what was written.
     """
-    index = check(path).read_json("index.json")["tensors"]
+    index = check(path).read_index()
     return {key.removeprefix(f"{kind}/") for key in index if key.startswith(f"{kind}/")}
+
+
+def stored_keys(path: str, kind: str, names: Collection[str]) -> dict[str, str]:
+    """Under which key each parameter's `kind` stands: of an average that is not stored, the weights'."""
+    stored = stored_names(path, kind)
+    return {name: f"{kind if name in stored or kind != 'ema' else 'weights'}/{name}" for name in names}
 
 
 def rank_file(rank: int, suffix: str = "safetensors") -> str:
@@ -225,14 +244,15 @@ def load_weights(path: str) -> dict[str, Tensor]:
 
 
 def load_ema_weights(path: str) -> dict[str, Tensor]:
-    """The same for the moving average of the weights."""
+    """The same for the moving average of the weights; the weight itself where no stage trains it."""
     return _load_whole(path, "ema")
 
 
 def _load_whole(path: str, kind: str) -> dict[str, Tensor]:
     shapes: dict[str, list[int]] = read_state(path)["shapes"]
     flats = {name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    load(path, {f"{kind}/{name}": Ranges(flat.numel(), ((0, flat),)) for name, flat in flats.items()})
+    keys = stored_keys(path, kind, flats)
+    load(path, {keys[name]: Ranges(flat.numel(), ((0, flat),)) for name, flat in flats.items()})
     return {name: flat.view(shapes[name]) for name, flat in flats.items()}
 
 

@@ -22,6 +22,7 @@ from m4v_dist.retries import count_retries
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.block_file import FileSums, sums_of, write_file
 from m4v_dist.trainer.checkpoint import rank_file
+from m4v_dist.trainer.checkpoint_index import merge_index, sizes_digest
 from m4v_dist.trainer.ranges import BYTES_A_VALUE, Ranges
 from m4v_dist.trainer.snapshot import Snapshot, SnapshotBuffer
 
@@ -101,7 +102,8 @@ def write_share(save: Save) -> None:
     share = {
         "save": save.number,
         "file": sums.to_json(),
-        "num_elements": dict(snapshot.num_elements),
+        # Of all ranks the same, and long.
+        "num_elements": sizes_digest(snapshot.num_elements) if save.rank else dict(snapshot.num_elements),
         "parts": parts_at,
         "random": dict(snapshot.random),
         "num_retries": count.num_retries,
@@ -131,7 +133,7 @@ def commit(
         RunInUseError: another attempt has taken over.
     """
     shares, files = _wait_for_shares(save, is_abandoned, timeout_s)
-    index = json.dumps({"tensors": merge_index([share for share, _ in shares])}).encode()
+    index = json.dumps(merge_index([share for share, _ in shares])).encode()
     with count_retries() as count:
         for name, text in {**save.texts, "index.json": index}.items():
             files[name] = write_file(storage.join(save.folder, name), [text])
@@ -210,39 +212,6 @@ def _wait_for_shares(
             )
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_POLL_S)
-
-
-def merge_index(shares: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ranges of all ranks by key, in order.
-
-    Args:
-        shares: `num_elements` and `parts` of each rank, in rank order.
-
-    Raises:
-        ValueError: they do not cover each tensor exactly once.
-    """
-    sizes: dict[str, int] = shares[0]["num_elements"]
-    index: dict[str, Any] = {}
-    different = [rank for rank, share in enumerate(shares) if share["num_elements"] != sizes]
-    if different:
-        raise ValueError(f"ranks {different[:8]} save other tensors than rank 0.")
-    for key, size in sizes.items():
-        parts = [
-            (start, length, rank, at)
-            for rank, share in enumerate(shares)
-            for start, length, at in share["parts"].get(key, ())
-            if length
-        ]
-        parts.sort()
-        end = 0
-        for start, length, rank, _ in parts:
-            if start != end:
-                raise ValueError(f"{key}: rank {rank} holds elements from {start}, the ranks before it up to {end}.")
-            end = start + length
-        if end != size:
-            raise ValueError(f"{key}: the ranks hold {end} of {size} elements.")
-        index[key] = {"num_elements": size, "parts": parts}
-    return index
 
 
 def discard(save: Save) -> None:

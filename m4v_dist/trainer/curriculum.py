@@ -13,10 +13,11 @@ What begins anew: the warm-up of the learning rate; moments and counter of a set
 of sources, which are the stage's. Nothing is interpolated between two stages.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from m4v_dist.config.training_settings import CurriculumStageSettings
+from m4v_dist.trainer.optimizer import is_frozen
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,9 @@ def curriculum_stages(curriculum: Sequence[CurriculumStageSettings]) -> tuple[Cu
 def curriculum_stage_at(curriculum: Sequence[CurriculumStageSettings], step: int) -> CurriculumStage | None:
     """The stage that trains global step `step` (0-based), or None past the end."""
     return next((stage for stage in curriculum_stages(curriculum) if stage.start <= step < stage.stop), None)
+
+
+def trained_in_some_stage(curriculum: Sequence[CurriculumStageSettings]) -> Callable[[str], bool]:
+    """Says of a parameter's name whether any stage trains it; LoRA's base is trained in none."""
+    freeze_sets = {stage.freeze for stage in curriculum}
+    return lambda name: not all(is_frozen(name, freeze) for freeze in freeze_sets)

@@ -22,7 +22,8 @@ def spans_of(parts: Sequence[Sequence[int]], start: int, values: Tensor) -> list
         values: what to fill.
     """
     found = []
-    for part_start, length, rank, at in parts[max(0, bisect.bisect_right(parts, start, key=lambda p: p[0]) - 1) :]:
+    first = max(0, bisect.bisect_right(parts, start, key=lambda p: p[0]) - 1)
+    for part_start, length, rank, at in (parts[number] for number in range(first, len(parts))):
         if part_start >= start + len(values):
             break
         low, high = max(start, part_start), min(start + len(values), part_start + length)

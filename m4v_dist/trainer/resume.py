@@ -1,9 +1,9 @@
 """Whether a run folder may go on under a config: what changed since its checkpoint, and what may change.
 
-May change: where things are and how they run (run.name, run.folder, launch, logging, sampling, precompute, kernels,
-ZeRO stage, micro-batch, what is saved and validated when), and curriculum stages that have not begun. The rest decides
-weights or the order of the data, so a run that goes on must keep it: the start weights (warm_start) too, though their
-files are read at step 0 alone and need not stand any more.
+May change: where things are and how they run (run.name, run.folder, launch, logging, sampling, export, precompute,
+kernels, ZeRO stage, micro-batch, what is saved and validated when), and curriculum stages that have not begun. The rest
+decides weights or the order of the data, so a run that goes on must keep it: the start weights (warm_start) too, though
+their files are read at step 0 alone and need not stand any more.
 """
 
 import logging
@@ -16,7 +16,7 @@ from m4v_dist.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 FREE_SECTIONS = (
-    "launch", "logging", "sampling", "benchmark", "trainer.profile",
+    "launch", "logging", "sampling", "benchmark", "export", "trainer.profile",
     "precompute", "kernels", "codec.weights", "text_encoder.weights",
 )  # fmt: skip
 """Of codec and text encoder the paths may move: the cache's fingerprint holds the content."""

@@ -43,7 +43,7 @@ def checkpoint_tensors(engine: ZeroEngine, ema: Ema, *, to_load: bool) -> dict[s
     second = [(item.name, item.start, item.exp_avg_sq) for item in slices if item.exp_avg_sq is not None]
     return {
         **to_ranges("weights", weights, shapes),
-        **to_ranges("ema", average, shapes),
+        **to_ranges("ema", average, {name: shape for name, shape in shapes.items() if ema.is_averaged(name)}),
         **to_ranges("exp_avg", first, training),
         **to_ranges("exp_avg_sq", second, training),
     }
@@ -71,7 +71,8 @@ def load_run(path: str, engine: ZeroEngine, ema: Ema, loader: Loader, skipped: S
     """Bring all that a checkpoint holds back (collective).
 
     Moments of a parameter that was frozen at the save are not stored: they stay zero, and with the group's own step
-    counter at zero its AdamW begins anew.
+    counter at zero its AdamW begins anew. Of a parameter that no stage trained until then no average
+    is stored: it begins at the weights.
 
     Raises:
         DataError: the checkpoint is of another model, or was written by other parameter groups.
@@ -83,8 +84,9 @@ def load_run(path: str, engine: ZeroEngine, ema: Ema, loader: Loader, skipped: S
     try:
         state = checkpoint.read_state(path)
         random = checkpoint.read_random_state(path, mesh.rank)
-        checkpoint.load(path, checkpoint_tensors(engine, ema, to_load=True), may_miss=MOMENTS)
+        checkpoint.load(path, checkpoint_tensors(engine, ema, to_load=True), may_miss=("ema", *MOMENTS))
         stored = checkpoint.stored_names(path, MOMENTS[0])
+        averaged = checkpoint.stored_names(path, "ema")
     except DamagedCheckpointError as error:
         damage = str(error)
     found = [told for told in mesh.gather(damage) if told is not None]
@@ -93,6 +95,7 @@ def load_run(path: str, engine: ZeroEngine, ema: Ema, loader: Loader, skipped: S
     steps = steps_of_groups(engine.groups, state["optimizer_steps"], stored, where=path)
     engine.publish()
     engine.set_optimizer_steps(steps)
+    ema.begin(engine.slices(), averaged)
     ema.num_updates = state["ema_updates"]
     loader.load_state_dict(state["loader"])
     skipped.total = state["skipped_steps"]

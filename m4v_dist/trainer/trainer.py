@@ -23,7 +23,7 @@ from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.stop_request import StopRequest
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.attempt import Attempt, begin_attempt
-from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at
+from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at, trained_in_some_stage
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine, partition
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.guards import Clock, SkippedSteps, require_same_slots
@@ -201,7 +201,7 @@ class Trainer:
             micro_batch_slots=settings.micro_batch_slots,
             mesh=self.mesh,
         )
-        self.ema = Ema(self.engine.slices(), config.trainer.ema_decay)
+        self.ema = Ema(self.engine.slices(), config.trainer.ema_decay, trained_in_some_stage(config.curriculum))
         self.stopping.expect_save(checkpoint_bytes(self.engine.shapes))
         if self.saving.saved is not None:
             load_run(self.saving.saved, self.engine, self.ema, self.loader, self.skipped)

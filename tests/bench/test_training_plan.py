@@ -126,7 +126,7 @@ def test_the_memory_of_a_stage_is_states_and_the_longest_micro_batch() -> None:
     last = stages[-1]
     needed = memory(config, last, last.longest(), states_of)
     activations = activation_bytes(config.model, config.kernels, last.longest(), is_mixed=True).peak
-    states = states_of(config.model, (), 2, 64)
+    states = states_of(config.model, (), config.trainer, 64)
     assert (needed.states, needed.activations) == (states.held, activations)
     assert needed.peak == states.peak(activations)
     assert _cells(memory_table(config, stages, states_of), last.name)[-2:] == [f"{needed.peak / GIB:.2f}", "fits"]
@@ -141,7 +141,8 @@ def test_the_fit_table_names_the_largest_micro_batch_that_fits_each_a100() -> No
     stage = stages[-1]
     cells = _cells(fit_table(config, [stage], states_of), "m4v_2b, ZeRO 2")[-1].split(" / ")
     for gpu, size in zip((GPUS["a100_40gb"], GPUS["a100_80gb"]), map(int, cells), strict=True):
-        peaks = {n: memory(config, stage, stage.longest(n), states_of, zero_stage=2).peak for n in (4, 2, 1)}
+        assert config.trainer.zero_stage == 2
+        peaks = {n: memory(config, stage, stage.longest(n), states_of).peak for n in (4, 2, 1)}
         assert peaks[size] <= gpu.usable_bytes
         assert all(peak > gpu.usable_bytes for n, peak in peaks.items() if n > size)
     assert cells == ["2", "4"]
@@ -162,6 +163,24 @@ def test_the_tables_that_the_readme_shows_are_as_printed() -> None:
     rows += [row for row in fit_table(config, stages, states_of).splitlines() if row.startswith("| m4v_2b")]
     missing = [row for row in rows if row not in shown]
     assert not missing, "jobs/README.md shows another plan; put in:\n" + "\n".join(missing)
+
+
+def test_offload_and_summing_in_each_micro_batch_are_told_and_leave_more_of_the_gpu() -> None:
+    plain, stages = load_config(LARGE, []), _plan(LARGE)[1]
+    config = load_config(LARGE, ["trainer.offload=optimizer", "trainer.reduce_gradients=per_micro_batch"])
+    last = stages[-1]
+    before, after = (memory(c, last, last.longest(), states_of).states / GIB for c in (plain, config))
+    # 2.222 G parameters: gradients whole and 4 shares of 64 go, the bucket and one parameter's buffer come
+    assert before - after == pytest.approx(4 * 2.222073728e9 * (1 + 4 / 64) / GIB - 2e9 / GIB, rel=0.03)
+    report = plan_report(config, stages, states_of)
+    assert "shared out in each micro-batch" in report and "average are on the host" in report
+    # six shares of 64 and the sum over micro-batches; weights, average and moments of a snapshot; weights of the build
+    offloaded, snapshot, build = (4 * 2.222073728 / 1.073741824 * share for share in (7 / 64, 4 / 64, 1))
+    told = re.search(r"Host memory, GiB a rank: ([\d.]+) while .* then ([\d.]+) for .* beside ([\d.]+) of", report)
+    assert told is not None
+    assert [float(value) for value in told.groups()] == pytest.approx([build, snapshot, offloaded], rel=0.1)
+    assert f"8 ranks on a host: {8 * build:.1f}." in report
+    assert "offloaded" not in plan_report(plain, stages, states_of)
 
 
 # ---- refusal
@@ -185,8 +204,12 @@ def test_a_model_of_few_ranks_is_told_that_more_would_do() -> None:
     with pytest.raises(ConfigError, match=r"twice the workers \(") as caught:
         require_memory(config, stages, states_of)
     assert "trainer.zero_stage" not in str(caught.value) and "recompute" not in str(caught.value)
+    alone = [replace(stage, num_ranks=1) for stage in stages]
+    with pytest.raises(ConfigError, match=r"Ways out: trainer.offload=optimizer \("):
+        require_memory(config, alone, states_of)
+    longest = [replace(_plan(LARGE)[1][-1], num_ranks=1)]
     with pytest.raises(ConfigError, match=r"Not enough, each by itself: .*twice the workers \("):
-        require_memory(config, [replace(stage, num_ranks=1) for stage in stages], states_of)
+        require_memory(config, longest, states_of)
 
 
 @pytest.mark.parametrize("overrides", [[], ["launch.gpu='a100_40gb'"]], ids=["80 GB", "40 GB"])

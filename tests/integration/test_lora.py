@@ -33,6 +33,8 @@ def test_adapters_train_on_start_weights_that_stay(tmp_path: Path) -> None:
     check_start_weights(config, build_on_meta(config.model, config.kernels))
     assert run_ranks(train_each, 2, [config_to_json(config)]) == [[TOTAL_STEPS] * 1] * 2
     path = str(checkpoint.newest_committed(f"{folder}/checkpoints"))
+    # The base is its own average: no copy of it is made, nor stored.
+    assert checkpoint.stored_names(path, "ema") == set(filter(is_adapter, checkpoint.stored_names(path, "weights")))
     fresh = build_model(config.model, config.kernels, seed=config.run.seed).state_dict()
     for trained in (checkpoint.load_weights(path), checkpoint.load_ema_weights(path)):
         assert trained.keys() == fresh.keys()

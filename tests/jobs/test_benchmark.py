@@ -267,3 +267,19 @@ def test_training_is_timed_on_workers_and_leaves_no_weights(tmp_path: Path) -> N
     steps = [row["step"] for row in rows if row["kind"] == "train"]
     assert 3 <= len(steps) < 300
     assert not list(folder.glob("*/checkpoints"))
+
+
+# ---- sequence
+
+
+def test_ranks_that_cannot_cut_the_sequence_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["sequence", "--config", _toml(tmp_path), "--dry-run"]
+    assert benchmark.main([*argv, "benchmark.worker_counts=[1, 2]"]) == 0
+    assert "a sequence of 48 tokens on 1, 2 ranks" in capfd.readouterr().out
+    assert benchmark.main([*argv, "benchmark.worker_counts=[1, 3]"]) == 2
+    assert "benchmark.worker_counts has 3: a sequence of 3 frames and 2 heads" in capfd.readouterr().err
+
+
+def test_a_large_sequence_is_the_whole_clip_at_full_size(capfd: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["sequence", "--config", LARGE, "--dry-run", "run.folder=/tmp/none"]) == 0
+    assert "a sequence of 119,040 tokens on 1 ranks" in capfd.readouterr().out

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from m4v_dist.batch import Column, ModelInput, TextFeatures
 from m4v_dist.bench.flops_tables import column_of
 from m4v_dist.blocks.layout import ColumnShape
+from m4v_dist.blocks.lora import is_adapter
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.activations import activation_bytes
 from m4v_dist.model.build import build_model
@@ -108,6 +109,49 @@ def test_the_graph_holds_what_was_counted(name: str, is_mixed: bool, recompute: 
     assert expected == pytest.approx(real, rel=2 * TOLERANCE if recompute else TOLERANCE)
 
 
+def left_alive(model: nn.Module, model_input: ModelInput, *, is_mixed: bool) -> int:
+    """Bytes that one forward made and left: selective recompute keeps outputs where no hook of the graph sees them."""
+    # Makes the layout's tables, which stay.
+    _loss(model, model_input, is_mixed=is_mixed)
+    given = [*model.parameters(), *(clip for column in model_input.columns for clip in column.clips)]
+    with _PeakBytes() as made:
+        made.alive |= {tensor.untyped_storage()._cdata: 0 for tensor in given}
+        loss = _loss(model, model_input, is_mixed=is_mixed)
+    gc.collect()
+    assert loss.requires_grad
+    return sum(made.alive.values())
+
+
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["float32", "mixed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_selective_recompute_holds_what_was_counted(name: str, is_mixed: bool) -> None:
+    settings, kernels = _settings(name, recompute="selective"), KernelSettings()
+    model_input, shapes = _columns(settings)
+    counted = activation_bytes(settings, kernels, shapes, is_mixed=is_mixed)
+    # As with blocks: neither autocast's cache nor the rotary tables are the graph's.
+    expected = counted.saved - 4 * settings.head_dim * sum(shape.num_video for shape in shapes)
+    expected += 2 * settings.hidden_size * 64 if is_mixed else 0
+    real = left_alive(build_model(settings, kernels, seed=0), model_input, is_mixed=is_mixed)
+    assert expected == pytest.approx(real, rel=2 * TOLERANCE)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("name", ["mamba2", "mamba1", "parallel"])
+def test_adapters_on_a_frozen_base_hold_no_more_than_was_counted(name: str, recompute: str) -> None:
+    """Under autocast. A frozen base keeps fewer factors than one that trains, for which the count stands."""
+    settings, kernels = _settings(name, recompute=recompute, lora={"rank": 24}), KernelSettings()
+    model_input, shapes = _columns(settings)
+    counted = activation_bytes(settings, kernels, shapes, is_mixed=True)
+    model = build_model(settings, kernels, seed=0)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(parameter_name))
+    if recompute == "none":
+        real, expected = saved_bytes(model, model_input, is_mixed=True), counted.saved + counted.weights
+    else:
+        real, expected = left_alive(model, model_input, is_mixed=True), counted.saved
+    assert 0.98 * real <= expected <= (1.4 if recompute == "none" else 1.05) * real
+
+
 class _PeakBytes(TorchDispatchMode):
     """Counts the storages that ops make and that are still alive."""
 
@@ -131,10 +175,10 @@ class _PeakBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mil", "mamba1", "attention"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
-def test_the_peak_of_a_backward_is_near_what_was_counted(name: str, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "blocks", "selective"])
+def test_the_peak_of_a_backward_is_near_what_was_counted(name: str, recompute: str) -> None:
     """Under autocast; parameters and gradients are there before and do not count."""
-    settings, kernels = _settings(name, recompute="blocks" if recompute else "none"), KernelSettings()
+    settings, kernels = _settings(name, recompute=recompute), KernelSettings()
     model = build_model(settings, kernels, seed=0)
     model_input, shapes = _columns(settings)
     for parameter in model.parameters():
@@ -145,7 +189,10 @@ def test_the_peak_of_a_backward_is_near_what_was_counted(name: str, recompute: b
         measured.alive |= {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
         _loss(model, model_input, is_mixed=True).backward()
     counted = activation_bytes(settings, kernels, shapes, is_mixed=True)
-    assert 0.95 * measured.peak <= counted.peak <= 1.25 * measured.peak
+    # All weights' copies count beside a whole block, though of attention's block less is alive while they are: at this
+    # width they are a third of what selective recompute holds.
+    ceiling = 1.35 if (name, recompute) == ("attention", "selective") else 1.25
+    assert 0.95 * measured.peak <= counted.peak <= ceiling * measured.peak
 
 
 def test_a_fused_scan_and_recompute_leave_far_less_of_the_papers_model() -> None:

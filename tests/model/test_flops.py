@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from m4v_dist.batch import Column, ModelInput, TextFeatures
 from m4v_dist.bench.flops_tables import PAPER_GRID, column_of
 from m4v_dist.blocks.layout import ColumnShape, FrameShape
+from m4v_dist.blocks.lora import is_adapter
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.model.build import build_model, build_on_meta
 from m4v_dist.model.flops import (
@@ -100,7 +101,7 @@ def _counted(
 ) -> int:
     model = build_model(settings, KernelSettings(), seed=0)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] not in freeze)
+        parameter.requires_grad_(is_adapter(name) if "base" in freeze else name.split(".")[0] not in freeze)
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with torch.set_grad_enabled(backward), counter:
         outputs = model(ModelInput(tuple(columns)))
@@ -196,6 +197,31 @@ def test_a_frozen_set_has_no_weight_gradients() -> None:
     assert frozen < whole
     expected = training_flops(settings, shape).total() - training_flops(settings, shape, ("double_blocks",)).total()
     assert whole - frozen == expected
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mil", "mamba1", "attention", "parallel"])
+def test_adapters_on_a_frozen_base_are_what_torch_counts(name: str) -> None:
+    """To the last FLOP, but for fused attention's scores: forward, inputs' gradients, and the adapters' own weights."""
+    settings = _settings(**SWITCHES[name], lora={"rank": 3})
+    column, shape = _column(settings, 4, 2, 33)
+    forward, training = forward_flops(settings, shape), training_flops(settings, shape, ("base",))
+    unseen, overhead = _unseen(forward, settings), _overhead(settings, [shape])
+    assert forward["adapters"] > 0
+    assert _counted(settings, [column]) == forward.total() - unseen + overhead
+    seen = training.total() - (_unseen(training, settings) - 3 * overhead)
+    scores = (forward["double: attention"] + forward["unified: attention"]) // 2
+    assert _counted(settings, [column], backward=True, freeze=("base",)) == seen + scores
+    assert training.total() < 0.8 * training_flops(settings, shape).total()
+
+
+def test_recompute_runs_adapters_again_with_their_blocks() -> None:
+    shape = column_of(GRID, 9)(3, 2)
+    counted = {
+        recompute: training_flops(_settings(lora={"rank": 3}, recompute=recompute), shape, ("base",))["adapters"]
+        for recompute in ("none", "selective", "blocks")
+    }
+    once = forward_flops(_settings(lora={"rank": 3}), shape)["adapters"]
+    assert counted == {"none": 3 * once, "selective": 3 * once, "blocks": 4 * once}
 
 
 # ---- shapes

@@ -217,7 +217,7 @@ def test_a_damaged_marker_is_an_error_with_the_way_out(copy: str, read: Callable
 
 def test_a_checkpoint_of_the_format_before_is_refused_by_number(copy: str) -> None:
     Path(copy, "COMMITTED").write_text('{"size_bytes": {}, "step": 120}')
-    with pytest.raises(DataError, match="checkpoint format 1, but this code reads format 2"):
+    with pytest.raises(DataError, match="checkpoint format 1, but this code reads formats 2, 3"):
         checkpoint.load_weights(copy)
 
 

@@ -155,6 +155,17 @@ def test_the_average_is_warm_at_first_and_has_its_own_memory() -> None:
     assert (decay_at(0.9, 0), decay_at(0.9, 1000)) == (0.1, 0.9)
 
 
+def test_what_no_stage_trains_has_no_average_and_what_a_checkpoint_lacks_begins_at_its_weight() -> None:
+    parts = [Slice(name, 0, 2, torch.full((2,), float(value))) for value, name in enumerate("abc")]
+    ema = Ema(parts, 0.9, lambda name: name != "b")
+    ema.update(parts)
+    assert ema.ranges == [("a", 0), ("c", 0)]
+    for part in parts:
+        part.weight.fill_(7.0)
+    ema.begin(parts, stored={"a"})
+    assert [average.tolist() for average in ema.averages] == [[0.0, 0.0], [7.0, 7.0]]
+
+
 def test_a_clock_laps() -> None:
     times = iter([1.0, 3.0, 3.5])
     clock = Clock(lambda: next(times))
