@@ -97,7 +97,7 @@ def test_the_next_attempt_reports_a_rank_that_was_killed_with_its_step_and_recor
     by_rank = {entry["rank"]: entry for entry in report["ranks"]}
     assert by_rank[0]["state"] == "failed" and by_rank[1]["state"] == "running"
     # steps 0 to 4 stood, so the last of them was just before
-    assert 0 <= by_rank[1]["seconds_since_last_step"] < 60
+    assert 0 <= by_rank[1]["seconds_since_last_step"] < 300
     text = Path(f"{killed}/attempts/attempt_0001_failure.log").read_text()
     assert "rank 1 died without a word" in text and "records in flight: clips/key-6" in text
 
