@@ -8,6 +8,7 @@ Before the launch and after it there is nothing to save: `ended_by_signals` take
 """
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -27,7 +28,10 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LAST_WORDS_S = 5.0
-"""What the driver keeps of the time to a deadline, to end Ray and to say how the run ended; at most a quarter of it."""
+"""What the driver keeps of the time to a deadline, to end Ray and to say how the run ended.
+
+At most a quarter of it, and of launch.stop_margin_s: workers that use a limit up save and end within that margin.
+"""
 STANDS_WAIT_S = 2.0
 """How long the store is asked which work is kept, for a message: `object_store.ask` would go on for two minutes."""
 
@@ -224,8 +228,12 @@ class Supervisor:
 
     def _tell(self, request: StopRequest) -> None:
         if request not in self._told:
-            left_s = None if request.deadline is None else request.deadline - time.time()
-            self._told[request] = None if left_s is None else time.time() + left_s - min(LAST_WORDS_S, left_s / 4)
+            if request.deadline is None:
+                self._told[request] = None
+            else:
+                margin_s = self._settings.stop_margin_s or math.inf
+                last_words_s = min(LAST_WORDS_S, margin_s / 4, (request.deadline - time.time()) / 4)
+                self._told[request] = request.deadline - last_words_s
             self._ask(request)
 
     def _names(self) -> str:

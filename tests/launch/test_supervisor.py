@@ -145,6 +145,14 @@ def test_workers_that_do_not_end_by_the_deadline_are_not_waited_for() -> None:
     workers.is_over.set()
 
 
+def test_workers_that_end_within_the_margin_are_waited_for() -> None:
+    """They save when the margin begins, and take some of it to end."""
+    workers = Workers()
+    limit = StopRequest("the time limit", time.time() + 3.0, is_urgent=False)
+    threading.Timer(2.5, workers.is_over.set).start()
+    assert workers.supervise(LaunchSettings(stop_margin_s=1.0), limit).run(workers.launch) == "saved"
+
+
 def test_a_signal_before_or_after_the_launch_ends_the_job_as_one_that_was_asked_to_stop() -> None:
     before, workers = signal.getsignal(signal.SIGTERM), Workers()
     with pytest.raises(PreemptedError, match=r"\(SIGTERM\) while nothing was trained"), ended_by_signals():
