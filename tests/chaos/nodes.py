@@ -1,10 +1,8 @@
 """A Ray cluster of several "nodes" on this machine, and a training driver on it, to lose and add nodes under."""
 
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.integration.small_run import rows
+from tests.ray_environment import ray_environment
 from tests.trainer.ranks import ROOT
 
 WAIT_S = 240
@@ -70,21 +69,8 @@ def nodes(num_nodes: int, environment: Mapping[str, str] | None = None) -> Itera
         num_nodes: of one CPU each.
         environment: more variables of its processes, and so of the workers.
     """
-    with tempfile.TemporaryDirectory(prefix="m4v", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        token = Path(folder, "token")
-        token.touch(mode=0o600)
-        token.write_text("m4v-test-token-0123456789abcdef0123456789")
-        env = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAY_JOB_ID"}}
-        env |= {
-            "RAY_TMPDIR": folder,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            **(environment or {}),
-        }
+    with ray_environment() as (folder, env):
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})}
         command = [sys.executable, "-m", "tests.chaos.cluster_process"]
         with Path(folder, "cluster.log").open("wb") as log:
             process = subprocess.Popen(

@@ -22,42 +22,9 @@ from m4v_dist.frozen.pca_codec import EMBEDDED_WEIGHTS
 from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_file import encode_png, read_video
 from m4v_dist.frozen.video_vae import build_codec
-from m4v_dist.model.build import build_model
-from m4v_dist.parallel.mesh import Mesh
-from m4v_dist.trainer.checkpoint_save import save
-from m4v_dist.trainer.ranges import to_ranges
 from tests.integration.small_run import make_small_cache, to_toml
 from tests.jobs.sampled_run import sample_config
 from tests.trainer.made_checkpoint import commit_by_hand
-from tests.trainer.ranks import run_ranks
-
-
-def _save_job(folder: str) -> str:
-    """Save a checkpoint whose plain weights are unusable: a sampler that takes them instead of the average fails."""
-    config = sample_config(folder)
-    # Away from the zeros that the last layers start with, so that text, history and guidance have a say.
-    model = build_model(config.model, config.kernels, seed=1)
-    torch.manual_seed(1)
-    average = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
-    shapes = {name: list(tensor.shape) for name, tensor in average.items()}
-    ranges = [(name, 0, tensor.reshape(-1)) for name, tensor in average.items()]
-    broken = [(name, 0, torch.full_like(tensor, torch.nan)) for name, _, tensor in ranges]
-    tensors = to_ranges("ema", ranges, shapes) | to_ranges("weights", broken, shapes)
-    mesh = Mesh.of_process_group(use_gpu=False)
-    folder = storage.join(folder, "checkpoints")
-    return save(folder, 5, tensors=tensors, state={"shapes": shapes}, config=config, mesh=mesh)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("saved"))
-    run_ranks(_save_job, 1, folder)
-    return folder
-
-
-@pytest.fixture
-def run(saved: str, tmp_path: Path) -> str:
-    return str(shutil.copytree(saved, tmp_path / "run"))
 
 
 def test_each_prompt_becomes_a_video_of_the_asked_size(run: str) -> None:

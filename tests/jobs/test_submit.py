@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +21,7 @@ import pytest
 from m4v_dist.config.load import parse_config
 from tests.integration.small_run import make_small_cache, rows, small_values, to_toml
 from tests.jobs.tiny_run import write_tiny_run
+from tests.ray_environment import ray_environment
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60
@@ -58,20 +58,9 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """`ray start --head --block` as a child, on loopback, with a token; ended by SIGTERM to its pid alone."""
-    # Not pytest's tmp_path: Ray's sockets lie below it, and a socket's path may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="m4v", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        token = Path(folder, "token")
-        token.touch(mode=0o600)
-        token.write_text("m4v-test-token-0123456789abcdef0123456789")
+    with ray_environment() as (folder, env):
         port = _free_port()
-        # A Ray that this session has already joined must not be taken for ours.
-        env = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAY_JOB_ID"}}
         env |= {
-            "RAY_TMPDIR": folder,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "PYTHONUNBUFFERED": "1",
             # A job's `python` is looked up where the head runs: this environment's must come first.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),

@@ -1,6 +1,5 @@
 """Validation samples the newest committed average into a folder of its step, and W&B gets each video once."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,6 @@ from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.trainer.metrics import Metrics
 from m4v_dist.trainer.validation_videos import publish_videos
 from tests.jobs.sampled_run import sample_config
-from tests.jobs.test_sample import _save_job
-from tests.trainer.ranks import run_ranks
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("saved"))
-    run_ranks(_save_job, 1, folder)
-    return folder
-
-
-@pytest.fixture
-def run(saved: str, tmp_path: Path) -> str:
-    return str(shutil.copytree(saved, tmp_path / "run"))
 
 
 def test_the_newest_average_is_sampled_beside_the_run_s_own_samples(run: str) -> None:

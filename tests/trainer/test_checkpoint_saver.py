@@ -30,14 +30,6 @@ from tests.trainer.toy import toy_config
 STATE = {"shapes": {"a": [4]}}
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Mesh.of_process_group(use_gpu=False)
-    dist.destroy_process_group()
-
-
 def _tensors(values: torch.Tensor) -> dict[str, Ranges]:
     return {"weights/a": Ranges(4, ((0, values),))}
 

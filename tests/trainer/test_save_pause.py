@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from m4v_dist import storage
 from m4v_dist.errors import RunInUseError, SaveFailedError
@@ -25,14 +24,6 @@ from tests.trainer.test_trainer import rows
 from tests.trainer.toy import toy_config
 
 STATE = {"shapes": {"a": [4]}}
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Mesh.of_process_group(use_gpu=False)
-    dist.destroy_process_group()
 
 
 class _Time:
