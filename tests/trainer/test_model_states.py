@@ -41,14 +41,14 @@ class _Model(nn.Module):
         return values
 
 
-def _storages() -> dict[int, int]:
-    """Bytes of every storage of this process by its address."""
+def _storages() -> dict[int, torch.UntypedStorage]:
+    """Every storage of this process by its address, which is no other's while the storage is held."""
     gc.collect()
     # By type, since isinstance asks each of a million objects in Python.
     tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     found = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
-    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+    return {storage.data_ptr(): storage for storage in found if storage.nbytes()}
 
 
 BLOCK = WIDTH * WIDTH + WIDTH
@@ -80,7 +80,7 @@ def _held_by_an_engine(freeze: tuple[str, ...] = (), **values: Any) -> int:
     held: list[int] = []
 
     def look(*_: Any) -> None:
-        held.append(sum(size for pointer, size in _storages().items() if pointer not in before))
+        held.append(sum(storage.nbytes() for pointer, storage in _storages().items() if pointer not in before))
 
     # Looked at in the second step, so that what the first one left behind counts; where each micro-batch reduces,
     # before the last backward has ended: then all is reduced.
