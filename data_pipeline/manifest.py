@@ -4,6 +4,7 @@ An index fragment is one Parquet file per input shard. Its presence commits the 
 in its schema metadata the fingerprint of the input and settings, and what was filtered and quarantined.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from braceexpand import braceexpand
 from m4v_dist import storage
 from m4v_dist.errors import ConfigError, DataError
 
-_NOTES = b"m4v"
+_NOTES, _NOTES_CHECKSUM = b"m4v", b"m4v_checksum"
 _ARROW_TYPES: dict[Any, pyarrow.DataType] = {
     str: pyarrow.string(),
     int: pyarrow.int64(),
@@ -120,13 +121,11 @@ def _missing_folders(folders: Iterable[str]) -> str:
 
 def write_index(path: str, rows: list[IndexRow], notes: dict[str, Any]) -> None:
     """Write an index fragment atomically; equal rows and notes give equal bytes."""
-    schema = pyarrow.schema(
-        [(column.name, _ARROW_TYPES[column.type]) for column in fields(IndexRow)],
-        metadata={_NOTES: json.dumps(notes, sort_keys=True)},
-    )
+    text = json.dumps(notes, sort_keys=True).encode()
+    schema = _schema().with_metadata({_NOTES: text, _NOTES_CHECKSUM: _checksum(text)})
     table = pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=schema)
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd")
+    pyarrow.parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     storage.write_bytes(path, buffer.getvalue())
 
 
@@ -137,18 +136,32 @@ def read_index(path: str) -> tuple[list[IndexRow], dict[str, Any]]:
         DataError: missing, no Parquet, or of another format.
     """
     try:
-        table = _read_table(storage.read_bytes(path))
-        notes = json.loads((table.schema.metadata or {})[_NOTES])
-        return [_row(values) for values in table.to_pylist()], notes
+        data = storage.read_bytes(path)
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: this index fragment is missing; run jobs.precompute_latents again, which does its shard anew."
         ) from error
-    except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
+    try:
+        table = _read_table(data)
+        text = (table.schema.metadata or {})[_NOTES]
+        if not table.schema.equals(_schema()) or table.schema.metadata[_NOTES_CHECKSUM] != _checksum(text):
+            raise ValueError("other columns or notes than were written")
+        return [_row(values) for values in table.to_pylist()], json.loads(text)
+    # OSError: Arrow's word for bytes that it cannot make sense of; the storage was asked above
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: is no index of this version ({type(error).__name__}: {error}); "
             "remove it and run jobs.precompute_latents again."
         ) from error
+
+
+def _schema() -> pyarrow.Schema:
+    return pyarrow.schema([(column.name, _ARROW_TYPES[column.type]) for column in fields(IndexRow)])
+
+
+def _checksum(notes: bytes) -> bytes:
+    """Of the notes, which no checksum of Parquet's pages covers."""
+    return hashlib.blake2b(notes, digest_size=16).hexdigest().encode()
 
 
 def _row(columns: dict[str, Any]) -> IndexRow:
@@ -163,5 +176,5 @@ def _read_table(data: bytes) -> pyarrow.Table:
     after it may end while one of them lets go of what Python owns, and that aborts the interpreter (exit code 134 in
     place of ours). Each of the three parts keeps another thread away: no scanner, no read-ahead, no parallel columns.
     """
-    file = pyarrow.parquet.ParquetFile(io.BytesIO(data), pre_buffer=False)
+    file = pyarrow.parquet.ParquetFile(io.BytesIO(data), pre_buffer=False, page_checksum_verification=True)
     return file.read(use_threads=False)
