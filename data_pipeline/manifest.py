@@ -19,7 +19,8 @@ from braceexpand import braceexpand
 from m4v_dist import storage
 from m4v_dist.errors import ConfigError, DataError
 
-_NOTES, _NOTES_CHECKSUM = b"m4v", b"m4v_checksum"
+_NOTES, _CHECKSUM = b"m4v", b"m4v_checksum"
+_UNSEALED = b"here stands the checksum of this"
 _ARROW_TYPES: dict[Any, pyarrow.DataType] = {
     str: pyarrow.string(),
     int: pyarrow.int64(),
@@ -122,11 +123,12 @@ def _missing_folders(folders: Iterable[str]) -> str:
 def write_index(path: str, rows: list[IndexRow], notes: dict[str, Any]) -> None:
     """Write an index fragment atomically; equal rows and notes give equal bytes."""
     text = json.dumps(notes, sort_keys=True).encode()
-    schema = _schema().with_metadata({_NOTES: text, _NOTES_CHECKSUM: _checksum(text)})
+    columns = [(column.name, _ARROW_TYPES[column.type]) for column in fields(IndexRow)]
+    schema = pyarrow.schema(columns, metadata={_NOTES: text, _CHECKSUM: _UNSEALED})
     table = pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=schema)
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    storage.write_bytes(path, buffer.getvalue())
+    pyarrow.parquet.write_table(table, buffer, compression="zstd")
+    storage.write_bytes(path, _seal(buffer.getvalue()))
 
 
 def read_index(path: str) -> tuple[list[IndexRow], dict[str, Any]]:
@@ -142,11 +144,12 @@ def read_index(path: str) -> tuple[list[IndexRow], dict[str, Any]]:
             f"{path}: this index fragment is missing; run jobs.precompute_latents again, which does its shard anew."
         ) from error
     try:
-        table = _read_table(data)
-        text = (table.schema.metadata or {})[_NOTES]
-        if not table.schema.equals(_schema()) or table.schema.metadata[_NOTES_CHECKSUM] != _checksum(text):
-            raise ValueError("other columns or notes than were written")
-        return [_row(values) for values in table.to_pylist()], json.loads(text)
+        file = _open_table(data)
+        stored = file.metadata.metadata
+        _require_seal(data, stored[_CHECKSUM])
+        # in this thread alone, see `_open_table`
+        table = file.read(use_threads=False)
+        return [_row(values) for values in table.to_pylist()], json.loads(stored[_NOTES])
     # OSError: Arrow's word for bytes that it cannot make sense of; the storage was asked above
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -155,13 +158,21 @@ def read_index(path: str) -> tuple[list[IndexRow], dict[str, Any]]:
         ) from error
 
 
-def _schema() -> pyarrow.Schema:
-    return pyarrow.schema([(column.name, _ARROW_TYPES[column.type]) for column in fields(IndexRow)])
+def _seal(data: bytes) -> bytes:
+    """A Parquet file with the checksum of itself in its footer; Parquet's own cover pages alone."""
+    start = data.rindex(_UNSEALED)
+    return data[:start] + _checksum(data) + data[start + len(_UNSEALED) :]
 
 
-def _checksum(notes: bytes) -> bytes:
-    """Of the notes, which no checksum of Parquet's pages covers."""
-    return hashlib.blake2b(notes, digest_size=16).hexdigest().encode()
+def _require_seal(data: bytes, checksum: bytes) -> None:
+    start = data.rindex(checksum)
+    if checksum != _checksum(data[:start] + _UNSEALED + data[start + len(checksum) :]):
+        raise ValueError("its checksum is another one")
+
+
+def _checksum(data: bytes) -> bytes:
+    """As long as what stands in its place while it is computed."""
+    return hashlib.blake2b(data, digest_size=len(_UNSEALED) // 2).hexdigest().encode()
 
 
 def _row(columns: dict[str, Any]) -> IndexRow:
@@ -169,12 +180,11 @@ def _row(columns: dict[str, Any]) -> IndexRow:
     return IndexRow(**values)
 
 
-def _read_table(data: bytes) -> pyarrow.Table:
-    """Read a Parquet file's bytes in this thread alone.
+def _open_table(data: bytes) -> pyarrow.parquet.ParquetFile:
+    """Open a Parquet file's bytes to be read in this thread alone.
 
     `read_table` goes through Arrow's dataset scanner, whose worker threads hold the bytes. A job that is refused right
     after it may end while one of them lets go of what Python owns, and that aborts the interpreter (exit code 134 in
     place of ours). Each of the three parts keeps another thread away: no scanner, no read-ahead, no parallel columns.
     """
-    file = pyarrow.parquet.ParquetFile(io.BytesIO(data), pre_buffer=False, page_checksum_verification=True)
-    return file.read(use_threads=False)
+    return pyarrow.parquet.ParquetFile(io.BytesIO(data), pre_buffer=False)
