@@ -17,6 +17,8 @@ from m4v_dist.errors import DataError
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 NULL_PROMPT = "null_prompt.safetensors"
+_REQUIRED = ("fingerprint", "normalization", "spatial_stride", "null_prompt", "fragments", "sources")
+"""Fields of the manifest that are read."""
 
 
 def shard_path(cache: str, name: str) -> str:
@@ -27,6 +29,12 @@ def shard_path(cache: str, name: str) -> str:
 def index_path(cache: str, name: str) -> str:
     """Where a shard's index fragment stands; it exists once the shard is committed."""
     return storage.join(cache, "index", f"{name}.parquet")
+
+
+def how_to_redo(cache: str, shards: Iterable[str]) -> str:
+    """What makes the precompute do these shards of a cache anew."""
+    fragments = sorted({index_path(cache, shard) for shard in shards})
+    return f"remove {', '.join(fragments[:5])}, and run jobs.precompute_latents again"
 
 
 class LatentCache:
@@ -59,16 +67,7 @@ class LatentCache:
             DataError: no cache, unfinished, empty, a file of it missing, of another format version, or made by another
                 codec or text encoder; the message names the file or the differing field.
         """
-        manifest = read_manifest(path)
-        if manifest is None:
-            raise DataError(
-                f"{storage.shown(path)}: no finished latent cache (no {MANIFEST}); run jobs.precompute_latents first."
-            )
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise DataError(
-                f"{path}: cache format_version is {manifest.get('format_version')}, this code reads {FORMAT_VERSION}; "
-                "precompute into a new folder."
-            )
+        manifest = require_manifest(path)
         if fingerprint is not None:
             require_fingerprint(path, manifest, fingerprint)
         rows: dict[str, list[IndexRow]] = {}
@@ -79,7 +78,7 @@ class LatentCache:
             raise DataError(f"{path}: the cache holds no record; see {storage.join(path, 'report.json')} for why.")
         for source_rows in rows.values():
             source_rows.sort(key=lambda row: (row.key, row.shard))
-        return cls(path, manifest, rows, _read_null_text(storage.join(path, manifest["null_prompt"])))
+        return cls(path, manifest, rows, read_null_text(path, manifest))
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -108,8 +107,7 @@ class LatentCache:
 
     def how_to_redo(self, shards: Iterable[str]) -> str:
         """The way out of damaged records: what makes the precompute do these shards of the cache anew."""
-        fragments = sorted({index_path(self.path, shard) for shard in shards})
-        return f"remove {', '.join(fragments[:5])}, and run jobs.precompute_latents again"
+        return how_to_redo(self.path, shards)
 
     def read(self, row: IndexRow, caption: int = 0) -> CacheRecord:
         """Read one record by a ranged read and check it.
@@ -128,11 +126,11 @@ class LatentCache:
         except (EOFError, FileNotFoundError) as error:
             raise CorruptRecordError(row, str(error)) from error
         latents, texts = parse_record(data, row)
-        self._require_texts(texts, row, caption)
+        self._require_texts(texts, row)
         return CacheRecord(latents, texts[caption])
 
-    def _require_texts(self, texts: tuple[TextFeatures, ...], row: IndexRow, caption: int) -> None:
-        """Check a record's captions: as many as in its index row, this one's tokens too, and of the cache's widths.
+    def _require_texts(self, texts: tuple[TextFeatures, ...], row: IndexRow) -> None:
+        """Check a record's captions: as many as in its index row, with as many tokens, and of the cache's widths.
 
         No damage that is replaced and counted: whatever wrote the shard wrote all of it so.
         """
@@ -141,16 +139,16 @@ class LatentCache:
                 f"{row.source}/{row.key} in {shard_path(self.path, row.shard)}: it holds {len(texts)} captions, but "
                 f"the index says {len(row.captions)}; {self.how_to_redo([row.shard])}."
             )
-        text = texts[caption]
-        found = (len(text.tokens), text.tokens.shape[-1], text.pooled.shape[-1])
-        wanted = (row.num_text_tokens[caption], self.null_text.tokens.shape[-1], self.null_text.pooled.shape[-1])
-        if found != wanted:
-            raise DataError(
-                f"{row.source}/{row.key} in {shard_path(self.path, row.shard)}: its text has {found[0]} tokens of "
-                f"width {found[1]} and a pooled vector of width {found[2]}, but index and empty prompt of the cache "
-                f"say {wanted[0]}, {wanted[1]} and {wanted[2]}; another encoder wrote it: "
-                f"{self.how_to_redo([row.shard])}."
-            )
+        widths = (self.null_text.tokens.shape[-1], self.null_text.pooled.shape[-1])
+        for text, num_tokens in zip(texts, row.num_text_tokens, strict=True):
+            found = (len(text.tokens), text.tokens.shape[-1], text.pooled.shape[-1])
+            if found != (num_tokens, *widths):
+                raise DataError(
+                    f"{row.source}/{row.key} in {shard_path(self.path, row.shard)}: its text has {found[0]} tokens of "
+                    f"width {found[1]} and a pooled vector of width {found[2]}, but index and empty prompt of the "
+                    f"cache say {num_tokens}, {widths[0]} and {widths[1]}; another encoder wrote it: "
+                    f"{self.how_to_redo([row.shard])}."
+                )
 
 
 def read_manifest(cache: str) -> dict[str, Any] | None:
@@ -159,12 +157,46 @@ def read_manifest(cache: str) -> dict[str, Any] | None:
     if not storage.exists(path):
         return None
     try:
-        return dict(storage.read_json(path))
+        manifest = storage.read_json(path)
     except ValueError as error:
         raise DataError(str(error)) from error
+    if not isinstance(manifest, dict):
+        raise DataError(f"{path}: is no manifest, but {type(manifest).__name__}; run jobs.precompute_latents again.")
+    return manifest
 
 
-def _read_null_text(path: str) -> TextFeatures:
+def require_manifest(cache: str) -> dict[str, Any]:
+    """Read the manifest of a finished cache.
+
+    Raises:
+        DataError: there is none, it is of another format version, or it lacks a field.
+    """
+    manifest = read_manifest(cache)
+    if manifest is None:
+        raise DataError(
+            f"{storage.shown(cache)}: no finished latent cache (no {MANIFEST}); run jobs.precompute_latents first."
+        )
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{cache}: cache format_version is {manifest.get('format_version')}, this code reads {FORMAT_VERSION}; "
+            "precompute into a new folder."
+        )
+    missing = [name for name in _REQUIRED if name not in manifest]
+    if missing:
+        raise DataError(
+            f"{storage.join(cache, MANIFEST)}: has no {', '.join(missing)}; it is damaged: remove it, and run "
+            "jobs.precompute_latents again, which encodes no clip twice."
+        )
+    return manifest
+
+
+def read_null_text(cache: str, manifest: Mapping[str, Any]) -> TextFeatures:
+    """Read the empty prompt's features.
+
+    Raises:
+        DataError: the file is missing.
+    """
+    path = storage.join(cache, manifest["null_prompt"])
     try:
         return texts_from_bytes(storage.read_bytes(path))[0]
     except FileNotFoundError as error:

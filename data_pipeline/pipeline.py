@@ -11,7 +11,6 @@ written; what was committed stays.
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_pipeline.cache_census import with_counts
 from data_pipeline.cache_writer import write_manifest
 from data_pipeline.latent_cache import NULL_PROMPT, index_path, read_manifest
 from data_pipeline.manifest import read_index
@@ -246,25 +246,17 @@ def _require_enough(plan: PrecomputePlan, report: dict[str, Any]) -> None:
 
 
 def _manifest(plan: PrecomputePlan, description: dict[str, Any], tasks: list[ShardTask]) -> dict[str, Any]:
-    totals: dict[str, Counter[str]] = {}
-    records: Counter[str] = Counter()
-    for task in tasks:
-        for row in read_index(index_path(plan.precompute.cache, task.name))[0]:
-            counts = totals.setdefault(f"{row.height_px}x{row.width_px}", Counter())
-            counts.update(records=1, frames=row.num_frames, latents=row.num_latents, size_bytes=row.size_bytes)
-            records[row.source] += 1
-    return {
+    manifest = {
         **description,
         "code_version": _code_version(),
         "null_prompt": NULL_PROMPT,
         "sources": {
-            source.name: {"media": source.media, "licence": source.licence, "split": source.split,
-                          "records": records[source.name]}
+            source.name: {"media": source.media, "licence": source.licence, "split": source.split}
             for source in plan.sources
         },
         "fragments": sorted(task.name for task in tasks),
-        "totals": {bucket: dict(counts) for bucket, counts in totals.items()},
-    }  # fmt: skip
+    }
+    return with_counts(manifest, (read_index(index_path(plan.precompute.cache, task.name)) for task in tasks))
 
 
 def _code_version() -> str:

@@ -87,10 +87,12 @@ class ShardOutcome:
     Args:
         source: name of the source.
         fingerprint: see `ShardTask`.
-        kept: records written.
+        kept: records that stand in the index.
         filtered: clips dropped, by reason.
         quarantined: clips that failed: key, shard (file name), source, error.
         num_cut_captions: captions longer than the text encoder takes.
+        dropped: clips that a list of `jobs.inspect_cache drop` named, with `key`, `source` and `when`; `offset_bytes`,
+            `size_bytes` and `checksum` where their bytes still stand in the tar. They stay dropped in a redone shard.
         damage: shard (file name), source, error, where the rest of the raw shard could not be read; empty where it was
             whole. The clips lost there are in no other count: nobody knows how many they are.
     """
@@ -101,12 +103,13 @@ class ShardOutcome:
     filtered: dict[str, int] = field(default_factory=dict)
     quarantined: list[dict[str, str]] = field(default_factory=list)
     num_cut_captions: int = 0
+    dropped: list[dict[str, Any]] = field(default_factory=list)
     damage: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_clips(self) -> int:
         """Clips seen."""
-        return self.kept + sum(self.filtered.values()) + len(self.quarantined)
+        return self.kept + sum(self.filtered.values()) + len(self.quarantined) + len(self.dropped)
 
 
 def describe_cache(plan: PrecomputePlan) -> dict[str, Any]:

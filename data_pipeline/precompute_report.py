@@ -24,10 +24,13 @@ def write_report(
     for outcome in ordered:
         counts = per_source.setdefault(outcome.source, Counter())
         counts.update(kept=outcome.kept, quarantined=len(outcome.quarantined), **outcome.filtered)
+        if outcome.dropped:
+            counts.update(dropped=len(outcome.dropped))
     num_now = sum(outcome.num_clips for outcome in done_now.values())
     report = {
         "kept": sum(outcome.kept for outcome in ordered),
         "filtered": dict(sum((Counter(outcome.filtered) for outcome in ordered), Counter())),
+        "dropped": sum(len(outcome.dropped) for outcome in ordered),
         "quarantined": quarantined,
         "damaged_shards": damaged,
         "num_clips": sum(outcome.num_clips for outcome in ordered),
@@ -48,9 +51,22 @@ def write_report(
     return report
 
 
+def count_dropped(cache: str, num_dropped: Mapping[str, int]) -> None:
+    """Move records, so many of each source, from `kept` to `dropped` in report.json; nothing happens without one."""
+    path = storage.join(cache, "report.json")
+    if not num_dropped or not storage.exists(path):
+        return
+    report = storage.read_json(path)
+    for source, count in num_dropped.items():
+        for counts in (report, report["per_source"][source]):
+            counts["kept"] -= count
+            counts["dropped"] = counts.get("dropped", 0) + count
+    storage.write_json(path, report)
+
+
 def format_report(report: dict[str, Any]) -> str:
     """The report as a table for people."""
-    columns = ["kept", "quarantined", *sorted(report["filtered"])]
+    columns = ["kept", "quarantined", *(["dropped"] if report.get("dropped") else []), *sorted(report["filtered"])]
     lines = ["".join([f"{'source':<20}", *(f"{name:>14}" for name in columns)])]
     for source, counts in sorted(report["per_source"].items()):
         lines.append("".join([f"{source:<20}", *(f"{counts.get(name, 0):>14}" for name in columns)]))

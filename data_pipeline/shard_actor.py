@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from data_pipeline.cache_drop import dropped_before
 from data_pipeline.cache_writer import CacheShardWriter
 from data_pipeline.decode import DecodedClip, DecodeError, DecodeRule
 from data_pipeline.decoder_pool import DecoderPool
@@ -106,10 +107,14 @@ class ShardActor:
         """Do one shard and commit it."""
         outcome = ShardOutcome(task.source, task.fingerprint)
         cut_before = self._text_encoder.num_cut_captions
+        dropped = dropped_before(self._plan.precompute.cache, task.name)
         writer = CacheShardWriter(self._plan.precompute.cache, task.name)
         try:
             for raw, clip in self._decoded(task, outcome):
-                self._keep_or_drop(task, raw, clip, writer, outcome)
+                if raw.key in dropped:
+                    outcome.dropped.append(dropped[raw.key])
+                else:
+                    self._keep_or_drop(task, raw, clip, writer, outcome)
             outcome.num_cut_captions = self._text_encoder.num_cut_captions - cut_before
             writer.commit(asdict(outcome))
         finally:

@@ -62,7 +62,7 @@ DOORS: dict[str, set[str]] = {
     "decord": {"data_pipeline/decode.py"},
     "webdataset": {"data_pipeline/pack.py"},
     "av": {"m4v_dist/frozen/video_file.py"},
-    "PIL": {"m4v_dist/frozen/video_file.py"},
+    "PIL": {"m4v_dist/frozen/video_file.py", "m4v_dist/frozen/contact_sheet.py"},
     "transformers": {"m4v_dist/frozen/pretrained_text.py"},
     "matplotlib": {"m4v_dist/report/plots.py"},
     "jinja2": {"m4v_dist/report/page.py"},

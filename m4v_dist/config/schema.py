@@ -166,6 +166,24 @@ class ExportSettings(Settings):
     )
 
 
+class InspectSettings(Settings):
+    """What `jobs.inspect_cache` looks at in `precompute.cache`."""
+
+    sources: tuple[Name, ...] = Field(
+        default=(), description="table, histograms, decode: names of the sources that are looked at; empty: all."
+    )
+    keys: tuple[str, ...] = Field(
+        default=(), description="decode: records, as source/key; empty: num_records of each source are drawn."
+    )
+    num_records: int = Field(default=6, gt=0, le=200, description="decode: records drawn of each source.")
+    seed: int = Field(default=0, ge=0, description="decode: seed of that draw.")
+    num_threads: PositiveInt = Field(default=8, description="verify: records that are read at once.")
+    drop_list: str | None = Field(
+        default=None,
+        description="drop: file with one source/key a line, or lines of quarantine.txt or damaged.txt; local or s3://.",
+    )
+
+
 class RunConfig(Settings):
     """One run: everything that every verb needs."""
 
@@ -185,6 +203,7 @@ class RunConfig(Settings):
     sampling: SamplingSettings = SamplingSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
     export: ExportSettings = ExportSettings()
+    inspect: InspectSettings = InspectSettings()
 
     @property
     def start_weights(self) -> str | None:

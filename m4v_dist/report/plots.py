@@ -109,12 +109,38 @@ def panels_file(panels: Sequence[Panel], y_label: str, *, height_in: float = 4.2
             _draw_panel(panel, axis)
             axis.legend(facecolor="#ffffff", edgecolor="none", framealpha=0.9)
         axes[0].set_ylabel(y_label)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", facecolor="#ffffff", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    for role, placeholder in ROLES.items():
-        svg = svg.replace(placeholder, ON_WHITE[role])
-    return svg
+        return _to_file(figure)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One distribution.
+
+    Args:
+        title: above the axes: what was counted.
+        edges: borders of the bins, one more than counts.
+        counts: how many fall into each bin.
+    """
+
+    title: str
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+def histograms_file(bars: Sequence[Bars], *, num_columns: int = 3) -> str:
+    """Draw distributions in a grid as an SVG that stands alone, each with axes of its own."""
+    from matplotlib.figure import Figure
+
+    num_rows = -(-len(bars) // num_columns)
+    with _style():
+        figure = Figure(figsize=(13.0, 2.5 * num_rows), layout="constrained")
+        axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+        for axis, shown in zip(axes, bars, strict=False):
+            axis.stairs(shown.counts, shown.edges, fill=True, color=ROLES["first"], alpha=0.9)
+            axis.set_title(shown.title, loc="left", color=ROLES["ink"])
+        for axis in axes[len(bars) :]:
+            axis.set_axis_off()
+        return _to_file(figure)
 
 
 def _span(panel: Panel) -> float:
@@ -242,6 +268,16 @@ def _subplots(count: int, width_in: float, height_in: float, ratios: Sequence[fl
     bounded = [max(ratio, 0.25 * max(ratios)) for ratio in ratios]
     axes = figure.subplots(1, count, squeeze=False, sharey=True, width_ratios=bounded)
     return figure, list(axes[0])
+
+
+def _to_file(figure: Any) -> str:
+    """An SVG with colours of its own, on white."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", facecolor="#ffffff", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    for role, placeholder in ROLES.items():
+        svg = svg.replace(placeholder, ON_WHITE[role])
+    return svg
 
 
 def _to_svg(figure: Any) -> str:

@@ -1,0 +1,121 @@
+"""Takes records out of a finished cache by a list: out of its index, so that no reader finds them again.
+
+Their bytes stay in the tars. The fragment's notes keep who was dropped and when, so that a list given twice changes
+nothing, a rerun of the precompute finds its shards committed, and a shard that is done anew leaves them out again.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.cache_census import with_counts
+from data_pipeline.latent_cache import MANIFEST, index_path, require_manifest
+from data_pipeline.manifest import IndexRow, read_index, write_index
+from data_pipeline.precompute_report import count_dropped
+from data_pipeline.record_list import RecordName
+from m4v_dist import storage
+from m4v_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+DROPPED = "dropped"
+"""Key of a fragment's notes, and of the manifest's sources."""
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class DropPlan:
+    """What a list asks of a cache.
+
+    Args:
+        cache: its folder.
+        manifest: as it is.
+        fragments: names of the index fragments that change, with the records to take out of each.
+        num_before: records of the list that were dropped before.
+    """
+
+    cache: str
+    manifest: dict[str, Any]
+    fragments: Mapping[str, tuple[RecordName, ...]]
+    num_before: int
+
+    @property
+    def num_records(self) -> int:
+        """Records that will be dropped."""
+        return sum(len(names) for names in self.fragments.values())
+
+
+def plan_drop(cache: str, names: Sequence[RecordName]) -> DropPlan:
+    """Find the records of a list; nothing is written.
+
+    Raises:
+        DataError: no finished cache, a damaged index fragment, or names that the cache neither holds nor held.
+    """
+    manifest = require_manifest(cache)
+    wanted, before = dict.fromkeys(names), set[RecordName]()
+    found: dict[RecordName, str] = {}
+    for fragment in manifest["fragments"]:
+        rows, notes = read_index(index_path(cache, fragment))
+        found.update({name: fragment for name in map(_name, rows) if name in wanted})
+        before |= {RecordName(entry["source"], entry["key"]) for entry in notes.get(DROPPED, ())} & wanted.keys()
+    unknown = [str(name) for name in wanted if name not in found and name not in before]
+    if unknown:
+        shown = ", ".join(unknown[:_SHOWN]) + (f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else "")
+        raise DataError(
+            f"{cache}: holds no record {shown}; nothing was dropped. Correct the list (what was quarantined or "
+            f"filtered is in no cache): the sources are {', '.join(sorted(manifest['sources']))}."
+        )
+    fragments: dict[str, list[RecordName]] = {}
+    for name in wanted:
+        if name in found:
+            fragments.setdefault(found[name], []).append(name)
+    changed = {fragment: tuple(of_it) for fragment, of_it in sorted(fragments.items())}
+    return DropPlan(cache, manifest, changed, len(wanted) - len(found))
+
+
+def drop_records(plan: DropPlan, when: str) -> None:
+    """Take the records out of their index fragments, each written at once, then bring manifest and report up to date.
+
+    Killed half-way, a part of the list is dropped; the same list drops the rest.
+
+    Args:
+        plan: of `plan_drop`, made just before.
+        when: the time to note down, ISO 8601.
+    """
+    for fragment, names in plan.fragments.items():
+        path = index_path(plan.cache, fragment)
+        rows, notes = read_index(path)
+        gone = set(names)
+        entries = [_entry(row, when) for row in rows if _name(row) in gone]
+        kept = [row for row in rows if _name(row) not in gone]
+        changed = {**notes, "kept": len(kept), DROPPED: [*notes.get(DROPPED, ()), *entries]}
+        write_index(path, kept, changed)
+        logger.info("%s: dropped %d of %d records", path, len(entries), len(rows))
+    counted = with_counts(plan.manifest, _fragments(plan.cache, plan.manifest["fragments"]))
+    if counted != plan.manifest:
+        storage.write_json(storage.join(plan.cache, MANIFEST), counted)
+    count_dropped(plan.cache, Counter(name.source for names in plan.fragments.values() for name in names))
+
+
+def dropped_before(cache: str, fragment: str) -> dict[str, dict[str, Any]]:
+    """Entries of the records that a list took out of a fragment, by key; without a place, which a new tar lacks."""
+    path = index_path(cache, fragment)
+    if not storage.exists(path):
+        return {}
+    entries = read_index(path)[1].get(DROPPED, ())
+    return {entry["key"]: {name: entry[name] for name in ("key", "source", "when")} for entry in entries}
+
+
+def _fragments(cache: str, names: Iterable[str]) -> Iterable[tuple[list[IndexRow], dict[str, Any]]]:
+    return (read_index(index_path(cache, name)) for name in names)
+
+
+def _name(row: IndexRow) -> RecordName:
+    return RecordName(row.source, row.key)
+
+
+def _entry(row: IndexRow, when: str) -> dict[str, Any]:
+    return {"key": row.key, "source": row.source, "when": when, "offset_bytes": row.offset_bytes,
+            "size_bytes": row.size_bytes, "checksum": row.checksum}  # fmt: skip
