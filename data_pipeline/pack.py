@@ -167,14 +167,15 @@ def count_records(path: str) -> int:
     """
     try:
         with storage.open_read(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            return len({_key_of(member.name) for member in tar if member.isfile()})
+            return len({split_name(member.name)[0] for member in tar if member.isfile()})
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{path}: cannot be listed ({error}); the shard is damaged, write it anew.") from error
 
 
-def _key_of(name: str) -> str:
-    folder, _, file = name.rpartition("/")
-    return f"{folder}/{file.split('.', 1)[0]}"
+def split_name(name: str) -> tuple[str, str]:
+    """Key and ending (lower case) of a member, as WebDataset has them; the ending is empty where it sees no record."""
+    key, ending = base_plus_ext(name)
+    return (name, "") if key is None else (key, ending.lower())
 
 
 def _records(members: Iterable[dict[str, Any]]) -> Iterator[RawClip]:
@@ -186,10 +187,7 @@ def _records(members: Iterable[dict[str, Any]]) -> Iterator[RawClip]:
     parts: dict[str, bytes] = {}
     fault: str | None = None
     for member in members:
-        prefix, suffix = base_plus_ext(member["fname"])
-        if prefix is None:
-            prefix, suffix = member["fname"], ""
-        suffix = suffix.lower()
+        prefix, suffix = split_name(member["fname"])
         if prefix != key:
             if key is not None:
                 yield _raw_clip(key, parts, fault)

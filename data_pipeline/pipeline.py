@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data_pipeline.cache_census import with_counts
 from data_pipeline.cache_writer import write_manifest
+from data_pipeline.duplicate_keys import quarantine_duplicates
 from data_pipeline.latent_cache import NULL_PROMPT, index_path, read_manifest
 from data_pipeline.manifest import read_index
 from data_pipeline.precompute_plan import (
@@ -98,7 +99,8 @@ def run_precompute(
         with ray_session():
             done_now = (run_shards or run_on_ray)(plan, pending)
         _remove_leftovers(cache)
-    report = write_report(cache, {**committed, **done_now}, done_now, time.monotonic() - started)
+    outcomes = quarantine_duplicates(cache, tasks, {**committed, **done_now})
+    report = write_report(cache, outcomes, done_now, time.monotonic() - started)
     _require_enough(plan, report)
     write_manifest(cache, _manifest(plan, description, tasks), null_text)
     return PrecomputeResult(False, report)

@@ -16,6 +16,7 @@ from data_pipeline.decoder_pool import require_decord
 from data_pipeline.latent_cache import FORMAT_VERSION, index_path, read_manifest, require_fingerprint, shard_path
 from data_pipeline.manifest import list_shards, read_index
 from data_pipeline.pack import count_records
+from data_pipeline.shard_keys import first_key, require_keys_of_their_own
 from m4v_dist import storage
 from m4v_dist.config.data_settings import (
     BucketSettings,
@@ -149,19 +150,20 @@ def plan_tasks(plan: PrecomputePlan, description: dict[str, Any]) -> list[ShardT
     """List every shard of every source as a task.
 
     Raises:
-        DataError: a shard is missing.
+        DataError: a shard is missing, or two of a source begin with the same key.
     """
     shards = [(source, path) for source in plan.sources for path in list_shards(source.shards)]
     names = _output_names(shards)
-    tasks = []
+    tasks, first_keys = [], []
     for (source, path), name in zip(shards, names, strict=True):
-        settings: dict[str, Any] = {
-            "description": description, "media": source.media, "input": _input_fingerprint(path),
-        }  # fmt: skip
+        fingerprint, key = _input_fingerprint(path)
+        first_keys.append((source.name, path, key))
+        settings: dict[str, Any] = {"description": description, "media": source.media, "input": fingerprint}
         if source.buckets:
             settings["buckets"] = [[bucket.height_px, bucket.width_px] for bucket in source.buckets]
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
         tasks.append(ShardTask(source.name, source.media, path, name, digest))
+    require_keys_of_their_own(first_keys)
     return tasks
 
 
@@ -173,12 +175,12 @@ def _output_names(shards: list[tuple[SourceSettings, str]]) -> list[str]:
     return [f"{name}-{digest}" if name in twice else name for name, digest in zip(plain, hashes, strict=True)]
 
 
-def _input_fingerprint(path: str) -> str:
-    """Size and both ends of a shard: cheap for terabytes; a change inside of equal size is not seen."""
+def _input_fingerprint(path: str) -> tuple[str, str | None]:
+    """Size and both ends of a shard, and its first key: cheap; a change inside of equal size is not seen."""
     size = storage.size_bytes(path)
     edge = min(size, _FINGERPRINT_EDGE_BYTES)
-    ends = storage.read_bytes(path, 0, edge) + storage.read_bytes(path, size - edge, edge)
-    return f"{size}-{hashlib.blake2b(ends, digest_size=16).hexdigest()}"
+    head, tail = storage.read_bytes(path, 0, edge), storage.read_bytes(path, size - edge, edge)
+    return f"{size}-{hashlib.blake2b(head + tail, digest_size=16).hexdigest()}", first_key(head)
 
 
 def require_decoder(tasks: Iterable[ShardTask]) -> None:

@@ -40,7 +40,7 @@ from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.contact_sheet import Strip, contact_sheet, make_strip
 from m4v_dist.frozen.video_file import encode_mp4, encode_png
 from m4v_dist.frozen.video_vae import Codec, build_codec, frames_to_uint8
-from m4v_dist.report.plots import Bars, histograms_file
+from m4v_dist.report.plots import Bars, font_file, histograms_file
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def histograms(config: RunConfig, dry_run: bool) -> str:
 
 def _bars(name: str, values: Sequence[float]) -> Bars:
     counts, edges = np.histogram(values, bins=_BINS)
-    title = f"{name}: {min(values):g} to {max(values):g}, median {np.median(values):g} ({len(values):,})"
+    title = f"{name}: {min(values):.3g} to {max(values):.3g}, median {np.median(values):.3g}"
     return Bars(title, tuple(map(float, edges)), tuple(map(int, counts)))
 
 
@@ -111,7 +111,7 @@ def decode(config: RunConfig, dry_run: bool) -> str:
         entry, strip = _write_decoded(cache, codec, row, folder, len(entries))
         entries.append(entry)
         strips.append(strip)
-    storage.write_bytes(storage.join(folder, "contact_sheet.png"), contact_sheet(strips))
+    storage.write_bytes(storage.join(folder, "contact_sheet.png"), contact_sheet(strips, font_file()))
     storage.write_json(storage.join(folder, "records.json"), {"codec": codec.name, "records": entries})
     return f"{len(entries)} records, contact_sheet.png and records.json in {folder}"
 
@@ -129,9 +129,9 @@ def _write_decoded(
     file = f"{number:03d}_{row.source}.{'mp4' if row.fps else 'png'}"
     data = encode_mp4(frames, row.fps) if row.fps else encode_png(frames[0])
     storage.write_bytes(storage.join(folder, file), data)
-    rate = f" at {row.fps:g} a second" if row.fps else ""
-    size = f"{row.height_px} x {row.width_px} px, {len(frames)} frames{rate}"
+    length = f"{len(frames)} frames at {row.fps:g} a second" if row.fps else "a still"
     captions = list(zip(row.captions, row.caption_weights, strict=True))
+    size = f"{row.height_px} x {row.width_px} px, {length}"
     lines = [f"{file}: {row.source}/{row.key}, {size}", *(f"{weight:g}: {text}" for text, weight in captions)]
     entry = {
         "file": file, "source": row.source, "key": row.key, "height_px": row.height_px, "width_px": row.width_px,

@@ -4,13 +4,14 @@ The sections that several rooms know stand in files of their own (`model_setting
 `training_settings.py`); here are those of single verbs, and the whole.
 """
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from m4v_dist.config.data_settings import CodecSettings, PrecomputeSettings, SourceSettings, TextEncoderSettings
 from m4v_dist.config.model_settings import Ablation, KernelSettings, ModelSettings
-from m4v_dist.config.settings import Name, PositiveInt, Settings
+from m4v_dist.config.settings import Fraction, Name, PositiveInt, Settings
 from m4v_dist.config.training_settings import (
     CurriculumStageSettings,
     LaunchSettings,
@@ -166,6 +167,36 @@ class ExportSettings(Settings):
     )
 
 
+class PackSettings(Settings):
+    """What `jobs.pack` makes shards of."""
+
+    input: str | None = Field(
+        default=None,
+        description="Folder of media with .json or .txt beside each file, or a .jsonl of {video or image, text or "
+        "captions}; local or s3://.",
+    )
+    root: str | None = Field(
+        default=None, description="Where relative paths of a .jsonl begin; None: the folder that it stands in."
+    )
+    media: Literal["video", "image"] = Field(default="video", description="What is packed; a source holds one of them.")
+    shards: str | None = Field(
+        default=None, description="Shards to write, with a number as %05d: shards/clips-%05d.tar; local or s3://."
+    )
+    records_per_shard: PositiveInt = Field(default=1000, description="Most records of a shard.")
+    max_shard_mib: PositiveInt = Field(default=1024, description="A shard of this size in MiB gets no other record.")
+    num_threads: PositiveInt = Field(default=8, description="Files that are read at once, and held in memory.")
+    max_bad_fraction: Fraction = Field(
+        default=0.0, description="Entries that cannot be packed over all: past it nothing is, and exit 3."
+    )
+
+    @field_validator("shards")
+    @classmethod
+    def _has_one_number(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[^%]*%0\d+d[^%/]*\.tar", value):
+            raise ValueError(f"shards={value!r} needs one number such as %05d in its file name, and to end in .tar")
+        return value
+
+
 class InspectSettings(Settings):
     """What `jobs.inspect_cache` looks at in `precompute.cache`."""
 
@@ -203,6 +234,7 @@ class RunConfig(Settings):
     sampling: SamplingSettings = SamplingSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
     export: ExportSettings = ExportSettings()
+    pack: PackSettings = PackSettings()
     inspect: InspectSettings = InspectSettings()
 
     @property

@@ -1,7 +1,7 @@
 """Many clips on one picture, some frames of each in a row with a text below; Pillow's second door, beside video_file.
 
-The font is Pillow's own, and has Latin letters alone: other scripts are drawn as boxes. The whole texts stand in what
-the caller writes beside the picture.
+A script that the font does not have is drawn as boxes, and long texts are cut: the whole of them stands in what the
+caller writes beside the picture.
 
 Legend: `t` frames, `h` `w` pixels, `c` red, green, blue.
 """
@@ -16,12 +16,12 @@ import numpy as np
 from m4v_dist.frozen.video_file import Frames, encode_png
 
 FRAMES_OF_A_CLIP = 6
-THUMBNAIL_HEIGHT_PX = 128
+THUMBNAIL_HEIGHT_PX = 180
 _WIDTH_PX = 1400
 _MARGIN_PX = 8
 _LINE_PX = 18
-_FONT_PX = 14
-_CHARS_OF_A_LINE = 190
+_FONT_PX = 13
+_CHARS_OF_A_LINE = 170
 _MAX_LINES = 8
 
 
@@ -51,15 +51,15 @@ def make_strip(frames: Frames, lines: Sequence[str]) -> Strip:
     return Strip(np.stack([np.asarray(picture, dtype=np.uint8) for picture in small]), _wrapped(lines))
 
 
-def contact_sheet(strips: Iterable[Strip]) -> bytes:
-    """One PNG with the strips under each other."""
+def contact_sheet(strips: Iterable[Strip], font_file: str) -> bytes:
+    """One PNG with the strips under each other, in a TrueType font."""
     from PIL import Image, ImageDraw, ImageFont
 
     shown = list(strips)
     heights = [strip.thumbnails.shape[1] + _LINE_PX * len(strip.lines) + 2 * _MARGIN_PX for strip in shown]
     sheet = Image.new("RGB", (_WIDTH_PX, sum(heights) + _MARGIN_PX), "white")
     draw = ImageDraw.Draw(sheet)
-    font: Any = ImageFont.load_default(_FONT_PX)
+    font: Any = ImageFont.truetype(font_file, _FONT_PX)
     top = _MARGIN_PX
     for strip, height in zip(shown, heights, strict=True):
         left = _MARGIN_PX

@@ -231,6 +231,13 @@ def horizontal_bars(values: Sequence[tuple[str, float]], unit: str, *, width_in:
         return _to_svg(figure)
 
 
+def font_file() -> str:
+    """The TrueType file of a font with Latin, Greek and Cyrillic letters, which comes with matplotlib."""
+    import matplotlib
+
+    return f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+
+
 def _style() -> Any:
     import matplotlib
 

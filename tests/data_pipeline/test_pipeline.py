@@ -252,8 +252,9 @@ def test_a_missing_folder_of_shards_is_named_with_what_packs_it(
 def test_equal_file_names_of_two_folders_get_two_outputs(shards: str, tmp_path: Path) -> None:
     plan = make_plan(shards, tmp_path / "cache")
     for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.tar").write_bytes(Path(shards, "stills-000.tar").read_bytes())
+        still = RawClip(f"{folder}0", "png", encode_png(moving_blocks(0, 1)[0]), (Caption("a still"),))
+        (written,) = write_shards([still], f"{tmp_path}/{folder}/%d.tar", 1)
+        Path(written).rename(tmp_path / folder / "x.tar")
     source = plan.sources[1].model_copy(update={"shards": f"{tmp_path}/{{a,b}}/x.tar"})
     both = PrecomputePlan((source,), plan.precompute, plan.codec, plan.text_encoder)
     names = [task.name for task in plan_tasks(both, {})]

@@ -1,0 +1,64 @@
+"""Keys that stand in two shards of a source: the record of the first shard stands, the later ones are quarantined.
+
+A key names one record of a source: lists, messages and the noise of a codec that draws go by it.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from data_pipeline.latent_cache import index_path
+from data_pipeline.manifest import IndexRow, read_index, write_index
+from data_pipeline.precompute_plan import ShardOutcome, ShardTask
+
+
+def quarantine_duplicates(
+    cache: str, tasks: Sequence[ShardTask], outcomes: Mapping[str, ShardOutcome]
+) -> dict[str, ShardOutcome]:
+    """Take records whose key stands in an earlier shard of their source out of the index, and count them.
+
+    Args:
+        cache: all shards of which are committed.
+        tasks: every shard, in order: the first that has a key keeps it.
+        outcomes: by output name.
+
+    Returns:
+        the outcomes, those of changed fragments anew.
+    """
+    twice = _keys_that_come_again(cache, tasks)
+    if not twice:
+        return dict(outcomes)
+    found, first = dict(outcomes), dict[tuple[str, str], str]()
+    for task in tasks:
+        path = index_path(cache, task.name)
+        rows, notes = read_index(path)
+        file = task.path.rsplit("/", 1)[-1]
+        kept: list[IndexRow] = []
+        quarantined: list[dict[str, str]] = []
+        for row in rows:
+            name = (row.source, row.key)
+            if _hash(row) not in twice or first.setdefault(name, file) == file:
+                kept.append(row)
+            else:
+                error = f"key stands in {first[name]} too"
+                quarantined.append({"key": row.key, "shard": file, "source": row.source, "error": error})
+        if quarantined:
+            changed = {**notes, "kept": len(kept), "quarantined": [*notes["quarantined"], *quarantined]}
+            write_index(path, kept, changed)
+            found[task.name] = ShardOutcome(**changed)
+    return found
+
+
+def _keys_that_come_again(cache: str, tasks: Sequence[ShardTask]) -> set[int]:
+    """Hashes of keys that stand twice; eight bytes a record in memory, for an index of any size."""
+    hashes = [
+        np.fromiter((_hash(row) for row in read_index(index_path(cache, task.name))[0]), dtype=np.uint64)
+        for task in tasks
+    ]
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True) if hashes else (np.empty(0), np.empty(0))
+    return {int(value) for value in values[counts > 1]}
+
+
+def _hash(row: IndexRow) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{row.source}/{row.key}".encode(), digest_size=8).digest(), "little")
