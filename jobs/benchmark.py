@@ -19,7 +19,6 @@ sequence: one whole clip as one sequence, forward and backward, on `benchmark.wo
 and memory of activations. Into `<run>/benchmark/sequence/`.
 """
 
-import argparse
 import logging
 import os
 import shutil
@@ -185,25 +184,8 @@ def _process_group_of_one(*, use_gpu: bool) -> Iterator[None]:
 
 
 def parse_subject(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """Split the command line into the subject and what every verb takes.
-
-    Raises:
-        SystemExit: `--help`, or no such subject (exit code 2).
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.benchmark",
-        description="Figures about the model of a run.",
-        epilog="After the subject: --config FILE [--dry-run] [section.key=value ...]",
-    )
-    parser.add_argument("subject", choices=SUBJECTS, help="comes first")
-    late = next((word for word in argv[1:] if word in SUBJECTS), None)
-    if late is not None and argv[0] not in SUBJECTS:
-        parser.error(
-            f"the subject comes first, before {argv[0]}: python -m jobs.benchmark {late} --config FILE (subjects: "
-            f"{', '.join(SUBJECTS)})"
-        )
-    # Only the first word is the subject: an option before it is the user's slip, and the message names the subjects.
-    return parser.parse_args(argv[:1]).subject, list(argv[1:])
+    """Split the command line into the subject and what every verb takes; see `cli.parse_subject`."""
+    return cli.parse_subject("benchmark", SUBJECTS, "Figures about the model of a run.", argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -95,6 +95,28 @@ def parse_arguments(
     return parser.parse_intermixed_args(argv)
 
 
+def parse_subject(name: str, subjects: Sequence[str], description: str, argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Split the command line of a verb with subjects into the subject, which comes first, and what every verb takes.
+
+    Raises:
+        SystemExit: `--help`, or no such subject (exit code 2).
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{name}",
+        description=description,
+        epilog="After the subject: --config FILE [--dry-run] [section.key=value ...]",
+    )
+    parser.add_argument("subject", choices=subjects, help="comes first")
+    late = next((word for word in argv[1:] if word in subjects), None)
+    if late is not None and argv[0] not in subjects:
+        parser.error(
+            f"the subject comes first, before {argv[0]}: python -m jobs.{name} {late} --config FILE (subjects: "
+            f"{', '.join(subjects)})"
+        )
+    # Only the first word is the subject: an option before it is the user's slip, and the message names the subjects.
+    return parser.parse_args(argv[:1]).subject, list(argv[1:])
+
+
 class _ResultFile:
     """`<run>/result.json`: how the last job on a run folder ended; nothing is written before `open`."""
 

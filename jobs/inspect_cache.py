@@ -13,7 +13,6 @@ with the records in `<run>/inspect/damaged.txt`.
 drop: takes the records of `inspect.drop_list` out of the index. Runs on this cache then refuse to go on.
 """
 
-import argparse
 import logging
 import random
 import sys
@@ -148,7 +147,7 @@ def _chosen(config: RunConfig, cache: LatentCache) -> list[IndexRow]:
         drawn = []
         for source in _sources(config, cache):
             rows = cache.rows(source)
-            generator = random.Random(f"{settings.seed}/{source}")
+            generator = random.Random(f"{settings.draw_seed}/{source}")
             positions = sorted(generator.sample(range(len(rows)), min(settings.num_records, len(rows))))
             drawn += [rows[position] for position in positions]
         return drawn
@@ -237,13 +236,13 @@ def drop(config: RunConfig, dry_run: bool) -> str:
 
 def _sources(config: RunConfig, cache: LatentCache) -> list[str]:
     """Names of the cache's sources that are looked at."""
-    unknown = [name for name in config.inspect.sources if name not in cache.manifest["sources"]]
+    unknown = [name for name in config.inspect.from_sources if name not in cache.manifest["sources"]]
     if unknown:
         raise ConfigError(
-            f"inspect.sources={list(config.inspect.sources)}: {cache.path} has no {', '.join(unknown)}; it has "
-            f"{', '.join(sorted(cache.manifest['sources']))}."
+            f"inspect.from_sources={list(config.inspect.from_sources)}: {cache.path} has no {', '.join(unknown)}; it "
+            f"has {', '.join(sorted(cache.manifest['sources']))}."
         )
-    return [name for name in cache.sources if name in (config.inspect.sources or cache.sources)]
+    return [name for name in cache.sources if name in (config.inspect.from_sources or cache.sources)]
 
 
 def _folder(config: RunConfig) -> str:
@@ -251,18 +250,8 @@ def _folder(config: RunConfig) -> str:
 
 
 def parse_subject(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """Split the command line into the subject and what every verb takes.
-
-    Raises:
-        SystemExit: `--help`, or no such subject (exit code 2).
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.inspect_cache",
-        description="Look into the latent cache of a run.",
-        epilog="After the subject: --config FILE [--dry-run] [section.key=value ...]",
-    )
-    parser.add_argument("subject", choices=SUBJECTS, help="comes first")
-    return parser.parse_args(argv[:1]).subject, list(argv[1:])
+    """Split the command line into the subject and what every verb takes; see `cli.parse_subject`."""
+    return cli.parse_subject("inspect_cache", SUBJECTS, "Look into the latent cache of a run.", argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

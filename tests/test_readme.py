@@ -7,7 +7,7 @@ from string import Template
 
 import pytest
 
-from jobs import benchmark, cli, demo, fit_codec
+from jobs import benchmark, cli, demo, fit_codec, inspect_cache
 from m4v_dist.config.load import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +60,8 @@ def test_a_shown_command_names_a_verb_and_settings_that_load(
         return
     if verb == "benchmark":
         arguments = tuple(benchmark.parse_subject(arguments)[1])
+    if verb == "inspect_cache":
+        arguments = tuple(inspect_cache.parse_subject(arguments)[1])
     parsed = cli.parse_arguments(verb, "", arguments, default_config=demo.CONFIG if verb == "demo" else None)
     load_config(parsed.config, parsed.overrides)
 

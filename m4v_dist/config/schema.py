@@ -200,14 +200,14 @@ class PackSettings(Settings):
 class InspectSettings(Settings):
     """What `jobs.inspect_cache` looks at in `precompute.cache`."""
 
-    sources: tuple[Name, ...] = Field(
+    from_sources: tuple[Name, ...] = Field(
         default=(), description="table, histograms, decode: names of the sources that are looked at; empty: all."
     )
     keys: tuple[str, ...] = Field(
         default=(), description="decode: records, as source/key; empty: num_records of each source are drawn."
     )
     num_records: int = Field(default=6, gt=0, le=200, description="decode: records drawn of each source.")
-    seed: int = Field(default=0, ge=0, description="decode: seed of that draw.")
+    draw_seed: int = Field(default=0, ge=0, description="decode: seed of that draw.")
     num_threads: PositiveInt = Field(default=8, description="verify: records that are read at once.")
     drop_list: str | None = Field(
         default=None,
