@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from data_pipeline.latent_cache import CacheRecord, CorruptRecordError
-from data_pipeline.mixture import Cursor, num_micro_batches, spread_slots
+from data_pipeline.mixture import ORDER_VERSION, Cursor, num_micro_batches, spread_slots
 from data_pipeline.slot_plan import LoaderState, SlotPlanner, StagePlan
 from m4v_dist.batch import LatentBatch, Slot
 from m4v_dist.errors import ConfigError, DataError
@@ -100,6 +100,7 @@ class LatentLoader:
     def state_dict(self) -> dict[str, Any]:
         """State after the last step handed out, as JSON values; the same on every rank."""
         return {
+            "order_version": ORDER_VERSION,
             **self._planner.identity,
             "index": self._digests,
             "next_step": self._state.next_step,
@@ -113,10 +114,11 @@ class LatentLoader:
 
         Raises:
             ConfigError: it belongs to another seed, batch or sync group, so the order of the data would change.
-            DataError: a field of it is missing; or the cache now holds other records of a source, so the cursors would
-                point elsewhere.
+            DataError: its cursors are of another order of the records than this code walks; a field of it is missing;
+                or the cache now holds other records of a source, so the cursors would point elsewhere.
         """
         self.close()
+        _require_order(state)
         _require_fields(state, self.state_dict())
         for name, value in self._planner.identity.items():
             if state[name] != value:
@@ -290,6 +292,21 @@ class LatentLoader:
             null_text=self._cache.null_text,
             weights=(1.0,) * (len(items) - num_fillers) + (0.0,) * num_fillers,
             global_num_slots=num_slots,
+        )
+
+
+def _require_order(state: Mapping[str, Any]) -> None:
+    """Check that a state's cursors count along the order that this code walks in; states of version 1 did not say.
+
+    Raises:
+        DataError: they do not.
+    """
+    version = state.get("order_version", 1)
+    if version != ORDER_VERSION:
+        raise DataError(
+            f"loader: the checkpoint's cursors are of order version {version}, this code walks the records in order "
+            f"{ORDER_VERSION}; going on would repeat and skip records. Go on with the version of the code that wrote "
+            "it, or start a new run folder (warm_start.weights takes over weights)."
         )
 
 

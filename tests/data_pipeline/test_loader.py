@@ -161,7 +161,9 @@ def test_a_sync_group_shares_one_video_and_trains_its_units(cache_folder: str) -
     assert all(sorted(slot.unit for slot in group) == [1, 2, 3, 4] for group in videos)
     assert all(len({slot.pyramid_stage for slot in group}) == 1 for group in videos)
     assert {group[0].pyramid_stage for group in videos} == {0, 1, 2}
-    assert all(len({slot.record for slot in group}) == 4 for group in groups if group[0].source == "img")
+    images = [{slot.record for slot in group} for group in groups if group[0].source == "img"]
+    # where an epoch ends inside a group, the next one may begin with one of its records
+    assert all(len(records) >= 3 for records in images) and any(len(records) == 4 for records in images)
     assert len({slot.seed for slot in slots}) == len(slots)
 
 
@@ -346,6 +348,17 @@ def test_a_state_of_another_order_is_refused(cache_folder: str) -> None:
         make_loader(cache_folder, seed=6).load_state_dict(state)
     with pytest.raises(ConfigError, match="step 3"):
         make_loader(cache_folder).enter(0, 3)
+
+
+@pytest.mark.parametrize("before", [{}, {"order_version": 1}, {"order_version": 3}])
+def test_a_state_of_another_order_of_records_is_refused_and_not_reordered(
+    cache_folder: str, before: dict[str, int]
+) -> None:
+    state = make_loader(cache_folder).state_dict()
+    del state["order_version"]
+    version = before.get("order_version", 1)
+    with pytest.raises(DataError, match=f"of order version {version}, this code walks .* order 2; .*new run folder"):
+        make_loader(cache_folder).load_state_dict(state | before)
 
 
 @pytest.mark.parametrize("name", ["index", "seed", "sync_group", "next_step", "cursors", "tokens_seen"])
