@@ -8,13 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
+from data_pipeline.cache_writer import CacheShardWriter, write_manifest
 from data_pipeline.latent_cache import (
     FORMAT_VERSION,
     NULL_PROMPT,
-    CacheRecord,
-    CacheShardWriter,
     LatentCache,
-    write_manifest,
 )
 from data_pipeline.manifest import IndexRow
 from m4v_dist.batch import TextFeatures
@@ -78,8 +76,8 @@ def write_assumed_cache(cache: LatentCache, *, latent_channels: int, text_width:
         for row in cache.rows(source):
             grid = (row.height_px // SPATIAL_STRIDE, row.width_px // SPATIAL_STRIDE)
             latents = draw(latent_channels, row.num_latents, *grid)  # c t h w
-            text = TextFeatures(draw(row.num_text_tokens, text_width), draw(pooled_width))
-            writer.add(row, CacheRecord(latents.bfloat16(), text))
+            texts = [TextFeatures(draw(num, text_width), draw(pooled_width)) for num in row.num_text_tokens]
+            writer.add(row, latents.bfloat16(), texts)
         writer.commit({"fingerprint": "assumed"})
     ones, zeros = [1.0] * latent_channels, [0.0] * latent_channels
     manifest = {
@@ -101,6 +99,7 @@ def _row(
     return IndexRow(
         key=f"assumed-{number}", source=source.name, media=source.media, shard="none",
         height_px=bucket.height_px, width_px=bucket.width_px, num_frames=frames, num_latents=(frames - 1) // 8 + 1,
-        fps=0.0, caption="", num_text_tokens=num_text_tokens, offset_bytes=0, size_bytes=0, checksum="",
+        fps=0.0, captions=("",), caption_weights=(1.0,), num_text_tokens=(num_text_tokens,),
+        offset_bytes=0, size_bytes=0, checksum="",
         source_height_px=bucket.height_px, source_width_px=bucket.width_px, source_num_frames=frames, source_fps=0.0,
     )  # fmt: skip

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from data_pipeline.cache_record import CorruptRecordError
 from data_pipeline.decode import DecodeError, DecodeRule
 from data_pipeline.decoder_pool import DecoderPool
-from data_pipeline.latent_cache import CorruptRecordError, LatentCache
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import IndexRow
 from data_pipeline.pack import RawClip, read_shard
 from m4v_dist.errors import DataError

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.captions import Caption
 from data_pipeline.pack import RawClip, write_shards
 from m4v_dist.errors import DataError
 from m4v_dist.frozen.video_file import Frames, decode_animation, encode_mp4, encode_png, read_video
@@ -106,13 +107,13 @@ def _records_of(clip: DemoClip) -> tuple[RawClip, list[RawClip]]:
         media = encode_mp4(frames[: round(MAX_SECONDS * fps)], fps)
     if not 0 <= clip.still_frame < len(frames):
         raise DataError(f"{clip.stem}: still_frame={clip.still_frame}, but the clip has {len(frames)} frames.")
-    metadata = {"licence": clip.licence, "file": clip.file}
+    captions, metadata = (Caption(clip.caption),), {"licence": clip.licence, "file": clip.file}
     chosen = (clip.still_frame, (clip.still_frame + len(frames) // 2) % len(frames))
     stills = [
-        RawClip(f"{clip.key}_still_{frame:04d}", "png", encode_png(frames[frame]), clip.caption, metadata)
+        RawClip(f"{clip.key}_still_{frame:04d}", "png", encode_png(frames[frame]), captions, metadata)
         for frame in chosen
     ]
-    return RawClip(clip.key, "mp4", media, clip.caption, metadata), stills
+    return RawClip(clip.key, "mp4", media, captions, metadata), stills
 
 
 def _even(frames: Frames) -> Frames:
@@ -123,7 +124,7 @@ def _even(frames: Frames) -> Frames:
 def break_record(record: RawClip) -> RawClip:
     """A copy of a record under `BROKEN_KEY` whose media ends in the middle; its caption is whole."""
     cut = record.data[: int(len(record.data) * _CUT)]
-    return RawClip(BROKEN_KEY, record.kind, cut, record.caption, record.metadata)
+    return RawClip(BROKEN_KEY, record.kind, cut, record.captions, record.metadata)
 
 
 def pack_demo(clips: Sequence[DemoClip], folder: str, *, num_clips_per_shard: int, num_threads: int) -> Iterator[str]:

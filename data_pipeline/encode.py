@@ -3,6 +3,7 @@
 Legend: `c` latent channels, `t` frames or latents, `h` `w` pixels or grid.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,10 @@ class EncodeError(Exception):
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """What the cache stores of a clip: latents c t h w bfloat16, un-normalised, and its text."""
+    """What the cache stores of a clip: latents c t h w bfloat16, un-normalised, and the text of each caption."""
 
     latents: Tensor
-    text: TextFeatures
+    texts: tuple[TextFeatures, ...]
 
 
 class ClipEncoder:
@@ -42,12 +43,12 @@ class ClipEncoder:
         self._device = device
 
     @torch.no_grad()
-    def encode(self, clip: DecodedClip, caption: str, key: str) -> EncodedClip:
+    def encode(self, clip: DecodedClip, captions: Sequence[str], key: str) -> EncodedClip:
         """Encode one clip; the same clip gives the same bytes.
 
         Args:
             clip: its frames.
-            caption: its text.
+            captions: its texts, encoded together.
             key: the record's key, which seeds the noise of a codec that draws its latents.
 
         Raises:
@@ -66,5 +67,4 @@ class ClipEncoder:
             ) from error
         if not bool(torch.isfinite(latents).all()):
             raise EncodeError(f"{int((~torch.isfinite(latents)).sum())} of {latents.numel()} latents are not finite")
-        (text,) = self._text_encoder.encode([caption])
-        return EncodedClip(latents, text)
+        return EncodedClip(latents, tuple(self._text_encoder.encode(list(captions))))

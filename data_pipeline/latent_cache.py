@@ -1,55 +1,22 @@
-"""The latent cache: record format, shard writer and reader (data_pipeline/README.md has the layout).
+"""Reads the latent cache: manifest, index rows, records by ranged read (data_pipeline/README.md has the layout).
 
-A record is three members of a WebDataset tar that stand side by side: `<key>.latents.safetensors`,
+A record is three members of a WebDataset tar that stand side by side (`cache_record.py`): `<key>.latents.safetensors`,
 `<key>.text.safetensors`, `<key>.json`. The index row holds their offset, size and checksum, so that a record is one
-ranged read. Bytes depend on the records alone: a rerun writes the same files.
-
-Legend: `c` channels, `t` latents in time, `h` `w` grid, `n` text tokens, `d` text width.
+ranged read. `cache_writer.py` writes it.
 """
 
-import hashlib
-import io
-import json
-import os
-import tarfile
-import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from data_pipeline.deterministic_tar import add_member, open_deterministic_tar
-from data_pipeline.manifest import IndexRow, read_index, write_index
-from m4v_dist import storage, tensor_files
+from data_pipeline.cache_record import CacheRecord, CorruptRecordError, new_digest, parse_record, texts_from_bytes
+from data_pipeline.manifest import IndexRow, read_index
+from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 NULL_PROMPT = "null_prompt.safetensors"
-_LATENTS, _TEXT, _JSON = "latents.safetensors", "text.safetensors", "json"
-
-
-class CorruptRecordError(Exception):
-    """A record's bytes are not those that were written; the message names key, shard and reason.
-
-    Attributes:
-        shard: name of the cache's tar that holds it.
-    """
-
-    def __init__(self, row: IndexRow, reason: str) -> None:
-        super().__init__(f"{row.source}/{row.key} in {row.shard}: {reason}")
-        self.shard = row.shard
-
-
-@dataclass(frozen=True)
-class CacheRecord:
-    """One record: latents c t h w bfloat16, un-normalised, and its text without padding."""
-
-    latents: Tensor
-    text: TextFeatures
 
 
 def shard_path(cache: str, name: str) -> str:
@@ -60,78 +27,6 @@ def shard_path(cache: str, name: str) -> str:
 def index_path(cache: str, name: str) -> str:
     """Where a shard's index fragment stands; it exists once the shard is committed."""
     return storage.join(cache, "index", f"{name}.parquet")
-
-
-class _HashedFile:
-    """A file for writing that hashes what passes: a checksum of what was meant, not of what a disk kept of it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._digest = _new_digest()
-
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def take_checksum(self) -> str:
-        """Checksum of what was written since the last call."""
-        checksum, self._digest = self._digest.hexdigest(), _new_digest()
-        return checksum
-
-
-class CacheShardWriter:
-    """Writes one shard: records into a local temporary file, then place, verify, and commit by the index fragment."""
-
-    def __init__(self, cache: str, name: str) -> None:
-        self._cache = cache
-        self._name = name
-        self._rows: list[IndexRow] = []
-        descriptor, self._temporary = tempfile.mkstemp(suffix=".tar")
-        os.fchmod(descriptor, 0o644)  # mkstemp's files are for their owner alone; a cache is shared
-        self._file = os.fdopen(descriptor, "wb")
-        self._hashed = _HashedFile(self._file)
-        self._tar = open_deterministic_tar(self._hashed)
-
-    def add(self, row: IndexRow, record: CacheRecord) -> None:
-        """Append a record; `row` comes without shard, offset, size and checksum."""
-        start = self._tar.offset
-        described = {"key": row.key, "source": row.source, "caption": row.caption, "fps": row.fps,
-                     "num_frames": row.num_frames, "height_px": row.height_px, "width_px": row.width_px}  # fmt: skip
-        add_member(self._tar, f"{row.key}.{_LATENTS}", tensor_files.tensors_to_bytes({"latents": record.latents}))
-        add_member(self._tar, f"{row.key}.{_TEXT}", _text_to_bytes(record.text))
-        add_member(self._tar, f"{row.key}.{_JSON}", json.dumps(described, sort_keys=True).encode())
-        size = self._tar.offset - start
-        self._rows.append(replace(row, shard=self._name, offset_bytes=start, size_bytes=size,
-                                  checksum=self._hashed.take_checksum()))  # fmt: skip
-
-    def commit(self, notes: dict[str, Any]) -> None:
-        """Place the tar, verify every record under its final name, then write the index fragment.
-
-        Raises:
-            OSError: the placed file does not read back as it was written; the shard stays uncommitted.
-        """
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        size = self._file.tell()
-        self._file.close()
-        # a shard of which nothing was kept has no tar: WebDataset readers stop at an empty one
-        if self._rows:
-            path = shard_path(self._cache, self._name)
-            storage.put_file(self._temporary, path)
-            _verify_placed(path, size, self._rows)
-        else:
-            os.remove(self._temporary)
-        write_index(index_path(self._cache, self._name), self._rows, notes)
-
-    def abandon(self) -> None:
-        """Remove the temporary file of a shard that will not be committed."""
-        self._file.close()
-        if os.path.exists(self._temporary):
-            os.remove(self._temporary)
 
 
 class LatentCache:
@@ -206,7 +101,7 @@ class LatentCache:
 
     def digest(self, source: str) -> str:
         """Digest of a source's keys and checksums: equal only where the records are the same, each and all."""
-        digest = _new_digest()
+        digest = new_digest()
         for row in self.rows(source):
             digest.update(f"{row.key}\t{row.checksum}\n".encode())
         return digest.hexdigest()
@@ -216,29 +111,39 @@ class LatentCache:
         fragments = sorted({index_path(self.path, shard) for shard in shards})
         return f"remove {', '.join(fragments[:5])}, and run jobs.precompute_latents again"
 
-    def read(self, row: IndexRow) -> CacheRecord:
+    def read(self, row: IndexRow, caption: int = 0) -> CacheRecord:
         """Read one record by a ranged read and check it.
+
+        Args:
+            row: of the record.
+            caption: which of its captions to take.
 
         Raises:
             CorruptRecordError: missing, cut short, or another checksum.
-            DataError: whole, but with the text of another encoder.
+            DataError: whole, but with other captions than the index says, or the text of another encoder.
             OSError: the storage failed: the record may be whole.
         """
         try:
             data = storage.read_bytes(shard_path(self.path, row.shard), row.offset_bytes, row.size_bytes)
         except (EOFError, FileNotFoundError) as error:
             raise CorruptRecordError(row, str(error)) from error
-        record = _parse_record(_require_checksum(data, row), row)
-        self._require_text(record.text, row)
-        return record
+        latents, texts = parse_record(data, row)
+        self._require_texts(texts, row, caption)
+        return CacheRecord(latents, texts[caption])
 
-    def _require_text(self, text: TextFeatures, row: IndexRow) -> None:
-        """Check that a record's text has the tokens of its index row, which are planned with, and the cache's widths.
+    def _require_texts(self, texts: tuple[TextFeatures, ...], row: IndexRow, caption: int) -> None:
+        """Check a record's captions: as many as in its index row, this one's tokens too, and of the cache's widths.
 
         No damage that is replaced and counted: whatever wrote the shard wrote all of it so.
         """
+        if len(texts) != len(row.captions):
+            raise DataError(
+                f"{row.source}/{row.key} in {shard_path(self.path, row.shard)}: it holds {len(texts)} captions, but "
+                f"the index says {len(row.captions)}; {self.how_to_redo([row.shard])}."
+            )
+        text = texts[caption]
         found = (len(text.tokens), text.tokens.shape[-1], text.pooled.shape[-1])
-        wanted = (row.num_text_tokens, self.null_text.tokens.shape[-1], self.null_text.pooled.shape[-1])
+        wanted = (row.num_text_tokens[caption], self.null_text.tokens.shape[-1], self.null_text.pooled.shape[-1])
         if found != wanted:
             raise DataError(
                 f"{row.source}/{row.key} in {shard_path(self.path, row.shard)}: its text has {found[0]} tokens of "
@@ -259,15 +164,9 @@ def read_manifest(cache: str) -> dict[str, Any] | None:
         raise DataError(str(error)) from error
 
 
-def write_manifest(cache: str, manifest: dict[str, Any], null_text: TextFeatures) -> None:
-    """Write the null prompt, then the manifest: the cache is finished."""
-    storage.write_bytes(storage.join(cache, NULL_PROMPT), _text_to_bytes(null_text))
-    storage.write_json(storage.join(cache, MANIFEST), manifest)
-
-
 def _read_null_text(path: str) -> TextFeatures:
     try:
-        return _text_from_bytes(storage.read_bytes(path))
+        return texts_from_bytes(storage.read_bytes(path))[0]
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: the empty prompt's features are missing; run jobs.precompute_latents again, which writes them "
@@ -291,56 +190,3 @@ def require_fingerprint(cache: str, manifest: Mapping[str, Any], fingerprint: Ma
             f"{cache}: the cache was made by another codec or text encoder ({lines}); "
             "use the settings it was made with, or precompute into a new folder."
         )
-
-
-def _verify_placed(path: str, size: int, rows: list[IndexRow]) -> None:
-    """Read a placed shard back as the loader will, record by record.
-
-    Raises:
-        OSError: size, checksum or content is not what was written; names the file and the record.
-    """
-    found = storage.size_bytes(path)
-    if found != size:
-        raise OSError(f"{path}: holds {found} bytes where {size} were written; run again, or check the storage.")
-    for row in rows:
-        try:
-            data = storage.read_bytes(path, row.offset_bytes, row.size_bytes)
-            _parse_record(_require_checksum(data, row), row)
-        except (EOFError, CorruptRecordError) as error:
-            raise OSError(
-                f"{path}: what was written does not read back ({error}); run again, or check the storage."
-            ) from error
-
-
-def _new_digest() -> "hashlib.blake2b":
-    return hashlib.blake2b(digest_size=16)
-
-
-def _require_checksum(data: bytes, row: IndexRow) -> bytes:
-    digest = _new_digest()
-    digest.update(data)
-    if digest.hexdigest() != row.checksum:
-        raise CorruptRecordError(row, "checksum differs from the index")
-    return data
-
-
-def _parse_record(data: bytes, row: IndexRow) -> CacheRecord:
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = {member.name.removeprefix(f"{row.key}."): tar.extractfile(member) for member in tar}
-            latents_file, text_file = members[_LATENTS], members[_TEXT]
-            assert latents_file is not None and text_file is not None
-            latents = tensor_files.tensors_from_bytes(latents_file.read())["latents"]
-            return CacheRecord(latents, _text_from_bytes(text_file.read()))
-    except (tarfile.TarError, KeyError) as error:
-        raise CorruptRecordError(row, f"{type(error).__name__}: {error}") from error
-
-
-def _text_to_bytes(text: TextFeatures) -> bytes:
-    # tokens are the bulk of a T5 record and come from a bf16 net; there is no mask, because there is no padding
-    return tensor_files.tensors_to_bytes({"tokens": text.tokens.to(torch.bfloat16), "pooled": text.pooled.float()})
-
-
-def _text_from_bytes(data: bytes) -> TextFeatures:
-    tensors = tensor_files.tensors_from_bytes(data)
-    return TextFeatures(tensors["tokens"], tensors["pooled"])

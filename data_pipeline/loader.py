@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from data_pipeline.latent_cache import CacheRecord, CorruptRecordError
+from data_pipeline.cache_record import CacheRecord, CorruptRecordError
 from data_pipeline.mixture import ORDER_VERSION, Cursor, num_micro_batches, spread_slots
 from data_pipeline.slot_plan import LoaderState, SlotPlanner, StagePlan
 from m4v_dist.batch import LatentBatch, Slot

@@ -19,7 +19,14 @@ from m4v_dist import storage
 from m4v_dist.errors import ConfigError, DataError
 
 _NOTES = b"m4v"
-_ARROW_TYPES = {"str": pyarrow.string(), "int": pyarrow.int64(), "float": pyarrow.float64()}
+_ARROW_TYPES: dict[Any, pyarrow.DataType] = {
+    str: pyarrow.string(),
+    int: pyarrow.int64(),
+    float: pyarrow.float64(),
+    tuple[str, ...]: pyarrow.list_(pyarrow.string()),
+    tuple[int, ...]: pyarrow.list_(pyarrow.int64()),
+    tuple[float, ...]: pyarrow.list_(pyarrow.float64()),
+}
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,9 @@ class IndexRow:
         num_frames: frames of the cached clip, 8k+1.
         num_latents: latents in time.
         fps: frames per second of the cached clip; 0 for a still.
-        caption: as encoded.
-        num_text_tokens: tokens of the caption.
+        captions: as encoded, at least one.
+        caption_weights: of each caption, relative to the others; >= 0, not all 0.
+        num_text_tokens: tokens of each caption.
         offset_bytes, size_bytes: where the record's members stand in the tar.
         checksum: blake2b of these bytes, hex.
         source_height_px, source_width_px, source_num_frames, source_fps: the file it came from.
@@ -52,8 +60,9 @@ class IndexRow:
     num_frames: int
     num_latents: int
     fps: float
-    caption: str
-    num_text_tokens: int
+    captions: tuple[str, ...]
+    caption_weights: tuple[float, ...]
+    num_text_tokens: tuple[int, ...]
     offset_bytes: int
     size_bytes: int
     checksum: str
@@ -112,10 +121,7 @@ def _missing_folders(folders: Iterable[str]) -> str:
 def write_index(path: str, rows: list[IndexRow], notes: dict[str, Any]) -> None:
     """Write an index fragment atomically; equal rows and notes give equal bytes."""
     schema = pyarrow.schema(
-        [
-            (column.name, _ARROW_TYPES[str(getattr(column.type, "__name__", column.type))])
-            for column in fields(IndexRow)
-        ],
+        [(column.name, _ARROW_TYPES[column.type]) for column in fields(IndexRow)],
         metadata={_NOTES: json.dumps(notes, sort_keys=True)},
     )
     table = pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=schema)
@@ -133,7 +139,7 @@ def read_index(path: str) -> tuple[list[IndexRow], dict[str, Any]]:
     try:
         table = _read_table(storage.read_bytes(path))
         notes = json.loads((table.schema.metadata or {})[_NOTES])
-        return [IndexRow(**values) for values in table.to_pylist()], notes
+        return [_row(values) for values in table.to_pylist()], notes
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: this index fragment is missing; run jobs.precompute_latents again, which does its shard anew."
@@ -143,6 +149,11 @@ def read_index(path: str) -> tuple[list[IndexRow], dict[str, Any]]:
             f"{path}: is no index of this version ({type(error).__name__}: {error}); "
             "remove it and run jobs.precompute_latents again."
         ) from error
+
+
+def _row(columns: dict[str, Any]) -> IndexRow:
+    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in columns.items()}
+    return IndexRow(**values)
 
 
 def _read_table(data: bytes) -> pyarrow.Table:

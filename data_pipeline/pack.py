@@ -1,7 +1,7 @@
 """Raw shards, written and read: media and captions in WebDataset tars.
 
 Written bytes depend on the records alone (no time, owner or host in the tar), and a shard appears under its name only
-when it is whole. Per key one media member and `json` and/or `txt` with the caption.
+when it is whole. Per key one media member and `json` and/or `txt` with the captions (`captions.py`).
 """
 
 import json
@@ -9,12 +9,13 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from data_pipeline.captions import Caption, CaptionError, captions_to_json, read_captions, require_captions
 from data_pipeline.decode import IMAGE_KINDS, VIDEO_KINDS
 from data_pipeline.deterministic_tar import add_member, open_deterministic_tar
 from m4v_dist import storage
@@ -35,15 +36,17 @@ class RawClip:
         key: its name in the shard; no dot in its last path part.
         kind: extension of the media, lower case; None where the record has no media member.
         data: the media file; empty where there is none.
-        caption: None where the record has none, or a blank one.
+        captions: empty where the record has none, or a blank one, or a fault.
         metadata: the json member's other keys.
+        fault: why the record cannot be used; None where it can, as far as it was looked at.
     """
 
     key: str
     kind: str | None
     data: bytes
-    caption: str | None
+    captions: tuple[Caption, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def write_shards(records: Iterable[RawClip], pattern: str, max_records: int) -> 
         the shards' paths, in order.
 
     Raises:
-        ValueError: a key with a dot or used twice, an unknown kind, or a pattern without a number.
+        ValueError: a key with a dot or used twice, an unknown kind, captions that could not be read back, or a pattern
+            without a number.
     """
     if max_records < 1 or pattern % 0 == pattern % 1:
         raise ValueError(
@@ -90,6 +94,11 @@ def _check_record(record: RawClip, seen: set[str]) -> None:
         raise ValueError(f"write_shards: key {record.key!r} holds a dot or stands twice; WebDataset cuts keys at dots.")
     if record.kind is not None and record.kind not in MEDIA_KINDS:
         raise ValueError(f"write_shards: {record.key}: kind {record.kind!r} is not among {sorted(MEDIA_KINDS)}.")
+    if record.captions:
+        try:
+            require_captions(record.captions)
+        except CaptionError as error:
+            raise ValueError(f"write_shards: {record.key}: {error}.") from error
     seen.add(record.key)
 
 
@@ -100,7 +109,7 @@ def _write_shard(records: list[RawClip], path: str) -> str:
         for record in records:
             if record.kind is not None:
                 add_member(tar, f"{record.key}.{record.kind}", record.data)
-            notes = dict(record.metadata) if record.caption is None else {**record.metadata, "caption": record.caption}
+            notes = {**record.metadata, **captions_to_json(record.captions)}
             add_member(tar, f"{record.key}.json", json.dumps(notes, sort_keys=True, ensure_ascii=False).encode())
     storage.put_file(temporary, path)
     return path
@@ -164,22 +173,9 @@ def _key_of(name: str) -> str:
 
 def _raw_clip(sample: dict[str, Any]) -> RawClip:
     kinds = sorted(kind for kind in sample if kind in MEDIA_KINDS)
-    notes = _json_object(sample.get("json", b""))
-    caption = notes.pop("caption", None) or notes.pop("text", None) or sample.get("txt", b"").decode("utf-8", "replace")
-    text = caption.strip() if isinstance(caption, str) else ""
-    return RawClip(
-        key=sample["__key__"],
-        kind=kinds[0] if kinds else None,
-        data=sample[kinds[0]] if kinds else b"",
-        caption=text or None,
-        metadata=notes,
-    )
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    """The json member; one that is no JSON object gives nothing, so that its caption counts as missing."""
+    clip = RawClip(sample["__key__"], kinds[0] if kinds else None, sample[kinds[0]] if kinds else b"", ())
     try:
-        value = json.loads(data) if data else {}
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        captions, notes = read_captions(sample.get("json"), sample.get("txt"))
+    except CaptionError as error:
+        return replace(clip, fault=str(error))
+    return replace(clip, captions=captions, metadata=notes)

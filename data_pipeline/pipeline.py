@@ -20,7 +20,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_pipeline.latent_cache import NULL_PROMPT, index_path, read_manifest, write_manifest
+from data_pipeline.cache_writer import write_manifest
+from data_pipeline.latent_cache import NULL_PROMPT, index_path, read_manifest
 from data_pipeline.manifest import read_index
 from data_pipeline.precompute_plan import (
     PrecomputePlan,

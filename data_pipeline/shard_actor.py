@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from data_pipeline.cache_writer import CacheShardWriter
 from data_pipeline.decode import DecodedClip, DecodeError, DecodeRule
 from data_pipeline.decoder_pool import DecoderPool
 from data_pipeline.encode import ClipEncoder, EncodedClip, EncodeError
 from data_pipeline.filters import reason_to_drop, scores
-from data_pipeline.latent_cache import CacheRecord, CacheShardWriter
 from data_pipeline.manifest import IndexRow
 from data_pipeline.pack import RawClip, ShardDamage, read_shard
 from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask
@@ -135,7 +135,7 @@ class ShardActor:
                 yield raw, final
 
     def _usable(self, task: ShardTask, outcome: ShardOutcome) -> Iterator[RawClip]:
-        """Records with media and caption, each key once."""
+        """Records with media and captions, each key once."""
         seen: set[str] = set()
         for raw in read_shard(task.path):
             if isinstance(raw, ShardDamage):
@@ -145,7 +145,9 @@ class ShardActor:
                 _quarantine(outcome, task, raw.key, "key stands twice in the shard")
             elif raw.kind is None:
                 _quarantine(outcome, task, raw.key, "no media member of a known kind")
-            elif raw.caption is None:
+            elif raw.fault is not None:
+                _quarantine(outcome, task, raw.key, raw.fault)
+            elif not raw.captions:
                 _quarantine(outcome, task, raw.key, "caption is missing")
             else:
                 yield raw
@@ -167,11 +169,11 @@ class ShardActor:
             outcome.filtered[reason] = outcome.filtered.get(reason, 0) + 1
             return
         try:
-            encoded = self._encoder.encode(clip, str(raw.caption), raw.key)
+            encoded = self._encoder.encode(clip, [caption.text for caption in raw.captions], raw.key)
         except EncodeError as error:
             _quarantine(outcome, task, raw.key, str(error))
             return
-        writer.add(_row(task, raw, clip, encoded), CacheRecord(encoded.latents, encoded.text))
+        writer.add(_row(task, raw, clip, encoded), encoded.latents, encoded.texts)
         outcome.kept += 1
 
 
@@ -188,7 +190,9 @@ def _row(task: ShardTask, raw: RawClip, clip: DecodedClip, encoded: EncodedClip)
         key=raw.key, source=task.source, media=task.media, shard="",
         height_px=clip.bucket[0], width_px=clip.bucket[1],
         num_frames=len(clip.frames), num_latents=encoded.latents.shape[1], fps=clip.fps,
-        caption=str(raw.caption), num_text_tokens=len(encoded.text.tokens),
+        captions=tuple(caption.text for caption in raw.captions),
+        caption_weights=tuple(caption.weight for caption in raw.captions),
+        num_text_tokens=tuple(len(text.tokens) for text in encoded.texts),
         offset_bytes=0, size_bytes=0, checksum="",
         source_height_px=clip.source_size[0], source_width_px=clip.source_size[1],
         source_num_frames=clip.source_num_frames, source_fps=clip.source_fps,

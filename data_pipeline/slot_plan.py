@@ -195,7 +195,7 @@ class SlotPlanner:
         )
         return Slot(
             step=step, index=index, source=source, record=record, key=row.key, unit=unit, pyramid_stage=pyramid_stage,
-            seed=seed, num_tokens=visual + row.num_text_tokens,
+            seed=seed, num_tokens=visual + row.num_text_tokens[0],
             num_full_tokens=unit * (height // self._patch_size) * (width // self._patch_size),
         )  # fmt: skip
 

@@ -115,7 +115,7 @@ def _entry(comparison: CodecComparison, file: str) -> dict[str, Any]:
         "file": file,
         "key": comparison.row.key,
         "source": comparison.row.source,
-        "caption": comparison.row.caption,
+        "caption": comparison.row.captions[0],
         "height_px": comparison.row.height_px,
         "width_px": comparison.row.width_px,
         "psnr_first_db": comparison.psnr_first_db,

@@ -72,7 +72,7 @@ def planned_stages(config: RunConfig, cache: LatentCache) -> list[PlannedStage]:
     def column_of(slot: Slot) -> ColumnShape:
         """What the objective will make of a slot; thousands a step are of few shapes."""
         row = cache.rows(slot.source)[slot.record]
-        return column(row.height_px, row.width_px, row.num_text_tokens, slot.unit, slot.pyramid_stage)
+        return column(row.height_px, row.width_px, row.num_text_tokens[0], slot.unit, slot.pyramid_stage)
 
     return [
         PlannedStage(stage.settings, stage.start, _planned_steps(planner, stage, column_of), spread_slots, ranks)

@@ -306,11 +306,11 @@ def _require_short_texts(config: RunConfig, cache: LatentCache) -> None:
     The encoder's own are never longer. What the index says is what a record must hold (`LatentCache.read`).
     """
     limit = config.text_encoder.max_tokens
-    rows = [row for source in config.sources for row in cache.rows(source.name) if row.num_text_tokens > limit]
+    rows = [row for source in config.sources for row in cache.rows(source.name) if max(row.num_text_tokens) > limit]
     if rows:
         raise DataError(
             f"{cache.path}: {len(rows)} records have more text tokens than text_encoder.max_tokens={limit}, the first "
-            f"is {rows[0].source}/{rows[0].key} with {rows[0].num_text_tokens}; another program wrote them: "
+            f"is {rows[0].source}/{rows[0].key} with {max(rows[0].num_text_tokens)}; another program wrote them: "
             f"{cache.how_to_redo(row.shard for row in rows)}."
         )
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT, CacheRecord, CacheShardWriter, write_manifest
+from data_pipeline.cache_writer import CacheShardWriter, write_manifest
+from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT
 from data_pipeline.manifest import IndexRow
 from m4v_dist.batch import TextFeatures
 
@@ -43,7 +44,7 @@ def make_cache(folder: str, sources: list[MadeSource]) -> str:
             latents = torch.full((4, source.num_latents, side, side), record_value(source.name, position))
             latents += torch.arange(source.num_latents)[:, None, None]
             text = TextFeatures(torch.ones(3 + position % 2, 6), torch.ones(6))
-            writer.add(made_row(source, position), CacheRecord(latents.bfloat16(), text))
+            writer.add(made_row(source, position), latents.bfloat16(), [text])
         writer.commit({"fingerprint": "made"})
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -64,7 +65,8 @@ def made_row(source: MadeSource, position: int) -> IndexRow:
     return IndexRow(
         key=f"{source.name}{position:03d}", source=source.name, media=source.media, shard="",
         height_px=source.size_px, width_px=source.size_px, num_frames=num_frames, num_latents=source.num_latents,
-        fps=24.0, caption=f"caption {position}", num_text_tokens=3 + position % 2, offset_bytes=0, size_bytes=0,
+        fps=24.0, captions=(f"caption {position}",), caption_weights=(1.0,), num_text_tokens=(3 + position % 2,),
+        offset_bytes=0, size_bytes=0,
         checksum="", source_height_px=90, source_width_px=120, source_num_frames=num_frames, source_fps=24.0,
     )  # fmt: skip
 

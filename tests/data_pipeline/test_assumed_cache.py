@@ -29,7 +29,7 @@ def _stage(name: str, bucket: BucketSettings, **weights: float) -> CurriculumSta
 def test_records_are_as_long_as_can_be_in_the_sizes_of_their_source() -> None:
     cache = _cache(_source("both"), _source("large", buckets=(LARGE,)), _source("stills", "image"))
     assert [len(cache.rows(name)) for name in ("both", "large", "stills")] == [20, 10, 20]
-    assert {(row.num_latents, row.num_text_tokens) for row in cache.rows("both")} == {(3, 9)}
+    assert {(row.num_latents, row.num_text_tokens) for row in cache.rows("both")} == {(3, (9,))}
     assert {(row.num_latents, row.height_px) for row in cache.rows("large")} == {(3, 128)}
     assert {row.num_latents for row in cache.rows("stills")} == {1}
 

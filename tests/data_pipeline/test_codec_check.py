@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.captions import Caption
 from data_pipeline.codec_check import compare, compare_source, psnr_db
 from data_pipeline.decode import DecodeRule
 from data_pipeline.latent_cache import LatentCache
@@ -19,7 +20,7 @@ from m4v_dist.frozen.video_file import encode_png
 from m4v_dist.frozen.video_vae import build_codec, frames_from_uint8
 from tests.data_pipeline.made_cache import MadeSource, make_cache
 
-ROW = IndexRow("k", "clips", "video", "s", 64, 64, 17, 3, 8.0, "c", 5, 0, 0, "", 64, 64, 17, 8.0)
+ROW = IndexRow("k", "clips", "video", "s", 64, 64, 17, 3, 8.0, ("c",), (1.0,), (5,), 0, 0, "", 64, 64, 17, 8.0)
 
 
 def _moving_gradient() -> np.ndarray:
@@ -63,7 +64,7 @@ def test_a_cache_of_other_lengths_is_refused() -> None:
 
 
 def test_a_damaged_record_ends_the_check_with_the_fragment_to_remove(tmp_path: Path) -> None:
-    still = RawClip("img000", "png", encode_png(_moving_gradient()[0]), "a ramp")
+    still = RawClip("img000", "png", encode_png(_moving_gradient()[0]), (Caption("a ramp"),))
     (shard,) = write_shards([still], f"{tmp_path}/raw-%03d.tar", 1)
     folder = make_cache(f"{tmp_path}/cache", [MadeSource("img", "image", 1, 1)])
     tar = tmp_path / "cache" / "shards" / "img.tar"

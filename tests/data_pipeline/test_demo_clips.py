@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.captions import Caption
 from data_pipeline.decode import DecodeError, DecodeRule, decode_clip
 from data_pipeline.demo_clips import (
     BROKEN_KEY,
@@ -62,14 +63,14 @@ def test_a_webp_becomes_an_mp4_that_decord_reads_and_two_stills(package: str) ->
     assert clip.source_num_frames == 24 and clip.source_size == (64, 66)
     assert len({video.key, *(still.key for still in stills)}) == 3
     for still in stills:
-        assert video.caption == still.caption == "noise that moves"
+        assert video.captions == still.captions == (Caption("noise that moves"),)
         assert decode_clip(still.data, still.kind, RULE).frames.shape == (1, 64, 64, 3)
 
 
 def test_the_broken_record_cannot_be_decoded(package: str) -> None:
     ((video, _),) = list(media_records([_clip(package)], num_threads=1))
     broken = break_record(video)
-    assert broken.caption == video.caption and broken.key != video.key
+    assert broken.captions == video.captions and broken.key != video.key
     with pytest.raises(DecodeError):
         decode_clip(broken.data, broken.kind, RULE)
 
@@ -107,7 +108,7 @@ def test_packing_writes_three_sources_with_the_broken_file_among_its_neighbours(
 
     def keys(name: str) -> list[str]:
         records = list(read_shard(f"{out}/{name}.tar"))
-        assert all(isinstance(record, RawClip) and record.caption for record in records)
+        assert all(isinstance(record, RawClip) and record.captions for record in records)
         return [record.key for record in records if isinstance(record, RawClip)]
 
     assert keys("clips-000") + keys("clips-001") == ["c0", "c1", BROKEN_KEY]

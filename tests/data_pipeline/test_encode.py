@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.captions import Caption
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.precompute_plan import PrecomputePlan
@@ -28,7 +29,11 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One clip under two keys."""
     folder = tmp_path_factory.mktemp("raw")
     clip = encode_mp4(moving_blocks(1, 9), 8.0)
-    write_shards([RawClip(key, "mp4", clip, "blocks") for key in ("a", "b")], f"{folder}/clips-%03d.tar", 2)
+    write_shards(
+        [RawClip(key, "mp4", clip, (Caption("blocks"),)) for key in ("a", "b")],
+        f"{folder}/clips-%03d.tar",
+        2,
+    )
     return f"{folder}/clips-000.tar"
 
 

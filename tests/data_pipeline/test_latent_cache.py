@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import webdataset
 
-from data_pipeline.latent_cache import CacheRecord, CacheShardWriter, CorruptRecordError, LatentCache, index_path
-from data_pipeline.manifest import read_index
+from data_pipeline.cache_record import CorruptRecordError
+from data_pipeline.cache_writer import CacheShardWriter
+from data_pipeline.latent_cache import LatentCache, index_path
+from data_pipeline.manifest import read_index, write_index
 from m4v_dist import storage, tensor_files
 from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import DataError
@@ -39,7 +42,7 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
     assert [sample["__key__"] for sample in samples] == [f"vid{n:03d}" for n in range(5)]
     latents = tensor_files.tensors_from_bytes(samples[2]["latents.safetensors"])["latents"]
     assert float(latents[0, 0, 0, 0]) == 16.0
-    assert json.loads(samples[2]["json"])["caption"] == "caption 2"
+    assert json.loads(samples[2]["json"])["captions"] == ["caption 2"]
 
 
 def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
@@ -62,7 +65,7 @@ def test_an_index_row_places_its_record_in_the_tar(tmp_path: Path) -> None:
 
 _COUNT_THREADS = """
 import os, sys
-from data_pipeline.manifest import read_index
+from data_pipeline.manifest import read_index, write_index
 before = set(os.listdir("/proc/self/task"))
 rows, _ = read_index(sys.argv[1])
 print(len(rows), len(set(os.listdir("/proc/self/task")) - before))
@@ -112,7 +115,7 @@ def test_a_record_with_text_of_another_encoder_is_named_with_the_numbers_and_the
     folder = make_cache(str(tmp_path), SOURCES)
     writer = CacheShardWriter(folder, "vid")
     text = TextFeatures(torch.ones(tokens), torch.ones(pooled))
-    writer.add(made_row(SOURCES[0], 0), CacheRecord(torch.zeros(4, 3, 8, 8).bfloat16(), text))
+    writer.add(made_row(SOURCES[0], 0), torch.zeros(4, 3, 8, 8).bfloat16(), [text])
     writer.commit({})
     cache = LatentCache.open(folder, FINGERPRINT)
     with pytest.raises(
@@ -166,7 +169,7 @@ def write_shard(folder: str) -> None:
     """One shard of one record of a thousand latents."""
     writer = CacheShardWriter(folder, "vid")
     text = TextFeatures(torch.ones(3, 6), torch.ones(6))
-    writer.add(made_row(SOURCES[0], 0), CacheRecord(torch.ones(4, 3, 8, 8).bfloat16(), text))
+    writer.add(made_row(SOURCES[0], 0), torch.ones(4, 3, 8, 8).bfloat16(), [text])
     writer.commit({})
 
 
@@ -213,3 +216,36 @@ def test_the_digest_of_a_source_changes_with_each_record(tmp_path: Path) -> None
     fewer = LatentCache.open(make_cache(str(tmp_path / "c"), [MadeSource("vid", "video", 4, 3), SOURCES[1]]))
     assert whole.digest("vid") == again.digest("vid") != fewer.digest("vid")
     assert whole.digest("img") == fewer.digest("img")
+
+
+def test_a_record_gives_the_caption_that_is_asked_for(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    texts = [TextFeatures(torch.full((n, 6), float(n)), torch.full((6,), float(n))) for n in (3, 5, 2)]
+    row = replace(
+        made_row(SOURCES[0], 0), captions=("a", "b", "c"), caption_weights=(1.0, 0.5, 0.0), num_text_tokens=(3, 5, 2)
+    )
+    writer = CacheShardWriter(folder, "vid")
+    writer.add(row, torch.zeros(4, 3, 8, 8).bfloat16(), texts)
+    writer.commit({})
+    cache = LatentCache.open(folder, FINGERPRINT)
+    (found,) = cache.rows("vid")
+    assert (found.captions, found.caption_weights) == (("a", "b", "c"), (1.0, 0.5, 0.0))
+    for number, text in enumerate(texts):
+        read = cache.read(found, caption=number).text
+        assert torch.equal(read.tokens, text.tokens.bfloat16()) and torch.equal(read.pooled, text.pooled)
+    tensors = tensor_files.tensors_from_bytes(
+        next(iter(webdataset.WebDataset(f"{folder}/shards/vid.tar", shardshuffle=False)))["text.safetensors"]
+    )
+    assert sorted(tensors) == ["pooled.0", "pooled.1", "pooled.2", "tokens.0", "tokens.1", "tokens.2"]
+    write_index(index_path(folder, "vid"), [replace(found, captions=("a", "b"))], {})
+    cache = LatentCache.open(folder, FINGERPRINT)
+    with pytest.raises(DataError, match="vid/vid000 .* holds 3 captions, but the index says 2; remove .*vid.parquet"):
+        cache.read(cache.rows("vid")[0])
+
+
+def test_a_cache_of_the_format_before_is_refused_with_both_versions_and_the_way_out(tmp_path: Path) -> None:
+    folder = make_cache(str(tmp_path), SOURCES)
+    manifest = storage.read_json(f"{folder}/manifest.json")
+    storage.write_json(f"{folder}/manifest.json", manifest | {"format_version": 1})
+    with pytest.raises(DataError, match="format_version is 1, this code reads 2; precompute into a new folder"):
+        LatentCache.open(folder)

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.latent_cache import CacheRecord, CacheShardWriter, CorruptRecordError, LatentCache, index_path
+from data_pipeline.cache_record import CorruptRecordError
+from data_pipeline.cache_writer import CacheShardWriter
+from data_pipeline.captions import Caption
+from data_pipeline.latent_cache import LatentCache, index_path
 from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.precompute_plan import PrecomputePlan
 from m4v_dist import storage
@@ -33,8 +36,10 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_shards_and_cache_live_in_an_object_store(bucket: str, tmp_path: Path) -> None:
-    clips = [RawClip(f"c{n}", "mp4", encode_mp4(moving_blocks(n, 18), 12.0), f"blocks {n}") for n in range(3)]
-    write_shards([*clips, RawClip("bad", "mp4", b"junk", "junk")], f"{bucket}/raw/clips-%03d.tar", 2)
+    clips = [
+        RawClip(f"c{n}", "mp4", encode_mp4(moving_blocks(n, 18), 12.0), (Caption(f"blocks {n}"),)) for n in range(3)
+    ]
+    write_shards([*clips, RawClip("bad", "mp4", b"junk", (Caption("junk"),))], f"{bucket}/raw/clips-%03d.tar", 2)
 
     def make_plan(pattern: str, cache: str) -> PrecomputePlan:
         source = SourceSettings(name="clips", shards=f"{bucket}/raw/{pattern}", media="video", licence="none")
@@ -76,7 +81,7 @@ def test_a_shard_that_an_object_store_spoils_is_not_committed(bucket: str, monke
     writer = CacheShardWriter(f"{bucket}/spoilt", "vid")
     text = TextFeatures(torch.ones(3, 6), torch.ones(6))
     row = made_row(MadeSource("vid", "video", 1, 3), 0)
-    writer.add(row, CacheRecord(torch.ones(4, 3, 8, 8).bfloat16(), text))
+    writer.add(row, torch.ones(4, 3, 8, 8).bfloat16(), [text])
     with pytest.raises(OSError, match=rf"{bucket}/spoilt/shards/vid.tar: .*checksum"):
         writer.commit({})
     assert not storage.exists(index_path(f"{bucket}/spoilt", "vid"))

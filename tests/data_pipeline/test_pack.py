@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from data_pipeline.captions import Caption
 from data_pipeline.manifest import list_shards
 from data_pipeline.pack import RawClip, ShardDamage, count_records, read_shard, write_shards
 from m4v_dist import storage
 from m4v_dist.errors import ConfigError, DataError
 
-CLIPS = [RawClip(f"c{n}", "mp4", bytes([n]) * 1000, f"caption {n}", {"licence": "CC0"}) for n in range(5)]
+CLIPS = [RawClip(f"c{n}", "mp4", bytes([n]) * 1000, (Caption(f"caption {n}"),), {"licence": "CC0"}) for n in range(5)]
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> str:
@@ -50,7 +51,9 @@ def test_no_half_written_shard_stays_under_its_name(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.tar"]
 
 
-@pytest.mark.parametrize("record", [RawClip("a.b", "mp4", b"", "c"), RawClip("a", "exe", b"", "c")])
+@pytest.mark.parametrize(
+    "record", [RawClip("a.b", "mp4", b"", (Caption("c"),)), RawClip("a", "exe", b"", (Caption("c"),))]
+)
 def test_keys_with_dots_and_unknown_kinds_are_refused(tmp_path: Path, record: RawClip) -> None:
     with pytest.raises(ValueError, match="a"):
         write_shards([record], f"{tmp_path}/x-%d.tar", 2)
@@ -67,11 +70,13 @@ def test_a_caption_comes_from_json_or_text_file(tmp_path: Path) -> None:
     }  # fmt: skip
     clips = list(read_shard(write_tar(tmp_path / "x.tar", members)))
     assert all(isinstance(clip, RawClip) for clip in clips)
-    found = {clip.key: (clip.kind, clip.caption) for clip in clips if isinstance(clip, RawClip)}
+    found = {clip.key: (clip.kind, [c.text for c in clip.captions]) for clip in clips if isinstance(clip, RawClip)}
     assert found == {
-        "a": ("mp4", "from text"), "b": ("mp4", "from a file"), "c": ("mp4", None), "d": ("mp4", None),
-        "e": ("jpg", "upper case"), "f": (None, "no media"),
+        "a": ("mp4", ["from text"]), "b": ("mp4", ["from a file"]), "c": ("mp4", []), "d": ("mp4", []),
+        "e": ("jpg", ["upper case"]), "f": (None, ["no media"]),
     }  # fmt: skip
+    faults = {clip.key: clip.fault for clip in clips if isinstance(clip, RawClip) and clip.fault}
+    assert list(faults) == ["c"] and "json is no JSON" in faults["c"]
 
 
 def test_a_broken_tail_is_reported_after_what_is_whole(tmp_path: Path) -> None:

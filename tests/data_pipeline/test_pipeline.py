@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from data_pipeline import pack
+from data_pipeline.captions import Caption
 from data_pipeline.latent_cache import LatentCache, shard_path
 from data_pipeline.manifest import list_shards
 from data_pipeline.pack import RawClip, write_shards
@@ -42,12 +43,14 @@ from tests.data_pipeline.run_here import run_here, run_shards
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two shards of clips and one of stills; in the first clip shard one broken file stands between sound ones."""
     folder = str(tmp_path_factory.mktemp("raw"))
-    clips = [RawClip(f"c{n}", "mp4", encode_mp4(moving_blocks(n, 18 + n), 12.0), f"blocks {n}") for n in range(5)]
-    clips.insert(1, RawClip("broken", "mp4", clips[0].data[:300], "half a clip"))
-    clips.append(RawClip("short", "mp4", encode_mp4(moving_blocks(8, 5), 12.0), "five frames"))
-    clips.append(RawClip("mute", "mp4", clips[0].data, None))
+    clips = [
+        RawClip(f"c{n}", "mp4", encode_mp4(moving_blocks(n, 18 + n), 12.0), (Caption(f"blocks {n}"),)) for n in range(5)
+    ]
+    clips.insert(1, RawClip("broken", "mp4", clips[0].data[:300], (Caption("half a clip"),)))
+    clips.append(RawClip("short", "mp4", encode_mp4(moving_blocks(8, 5), 12.0), (Caption("five frames"),)))
+    clips.append(RawClip("mute", "mp4", clips[0].data, ()))
     write_shards(clips, f"{folder}/clips-%03d.tar", 4)
-    stills = [RawClip(f"s{n}", "png", encode_png(moving_blocks(n, 1)[0]), f"a still {n}") for n in range(3)]
+    stills = [RawClip(f"s{n}", "png", encode_png(moving_blocks(n, 1)[0]), (Caption(f"a still {n}"),)) for n in range(3)]
     write_shards(stills, f"{folder}/stills-%03d.tar", 9)
     return folder
 
@@ -176,7 +179,9 @@ def test_a_restart_redoes_uncommitted_shards_only(shards: str, tmp_path: Path) -
 def test_a_shard_that_changed_is_done_again(shards: str, tmp_path: Path) -> None:
     raw = copy_shards(shards, tmp_path / "raw")
     run_here(make_plan(str(raw), tmp_path / "cache"))
-    write_shards([RawClip("new", "png", encode_png(moving_blocks(50, 1)[0]), "new")], f"{raw}/stills-%03d.tar", 9)
+    write_shards(
+        [RawClip("new", "png", encode_png(moving_blocks(50, 1)[0]), (Caption("new"),))], f"{raw}/stills-%03d.tar", 9
+    )
     result = run_here(make_plan(str(raw), tmp_path / "cache"))
     assert result.report["num_shards_this_run"] == 1 and result.report["kept"] == 6
     assert [row.key for row in LatentCache.open(str(tmp_path / "cache")).rows("stills")] == ["new"]

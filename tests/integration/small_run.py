@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT, CacheRecord, CacheShardWriter, write_manifest
+from data_pipeline.cache_writer import CacheShardWriter, write_manifest
+from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT
 from jobs.train import train_on_rank
 from m4v_dist.batch import TextFeatures
 from m4v_dist.config.data_settings import CodecSettings, TextEncoderSettings
@@ -39,10 +40,11 @@ def make_small_cache(folder: str, sources: Sequence[MadeSource] = SOURCES) -> st
                 codec.latent_channels, source.num_latents, 8, 8, generator=generator
             )  # c t h w
             row = made_row(source, position)
-            text = TextFeatures(
-                torch.randn(row.num_text_tokens, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator)
-            )
-            writer.add(row, CacheRecord(latents.bfloat16(), text))
+            texts = [
+                TextFeatures(torch.randn(num, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator))
+                for num in row.num_text_tokens
+            ]
+            writer.add(row, latents.bfloat16(), texts)
         writer.commit({"fingerprint": "made"})
     manifest = {
         "format_version": FORMAT_VERSION,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.captions import Caption
 from data_pipeline.pack import RawClip, write_shards
 from jobs import cli
 from jobs.precompute_latents import precompute_latents
@@ -77,9 +78,9 @@ def break_a_clip(folder: Path) -> None:
     """One clip of three ends in the middle."""
     clip = encode_mp4(moving_blocks(1, 9), 12.0)
     clips = [
-        RawClip("c0", "mp4", clip, "blocks"),
-        RawClip("c1", "mp4", clip[:300], "half"),
-        RawClip("c2", "mp4", clip, "b"),
+        RawClip("c0", "mp4", clip, (Caption("blocks"),)),
+        RawClip("c1", "mp4", clip[:300], (Caption("half"),)),
+        RawClip("c2", "mp4", clip, (Caption("b"),)),
     ]
     write_shards(clips, f"{folder}/raw/clips-%03d.tar", 2)
 
@@ -115,7 +116,9 @@ CASES_ON_RAY = [
 def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two shards of whole clips."""
     folder = tmp_path_factory.mktemp("good")
-    clips = [RawClip(f"c{n}", "mp4", encode_mp4(moving_blocks(n, 9), 12.0), f"blocks {n}") for n in range(3)]
+    clips = [
+        RawClip(f"c{n}", "mp4", encode_mp4(moving_blocks(n, 9), 12.0), (Caption(f"blocks {n}"),)) for n in range(3)
+    ]
     write_shards(clips, f"{folder}/raw/clips-%03d.tar", 2)
     return folder
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.latent_cache import CacheRecord, CacheShardWriter, LatentCache, index_path
+from data_pipeline.cache_writer import CacheShardWriter
+from data_pipeline.latent_cache import LatentCache, index_path
 from data_pipeline.manifest import read_index, write_index
 from jobs import cli
 from jobs.train import check_run_folder, require_free_run, train
@@ -162,7 +163,7 @@ def test_a_text_longer_than_the_encoder_gives_is_exit_3_with_its_record_and_both
     other = str(shutil.copytree(cache, tmp_path / "cache"))
     rows, notes = read_index(index_path(other, "clips"))
     write_index(
-        index_path(other, "clips"), [replace(row, num_text_tokens=126 + n) for n, row in enumerate(rows)], notes
+        index_path(other, "clips"), [replace(row, num_text_tokens=(126 + n,)) for n, row in enumerate(rows)], notes
     )
     with pytest.raises(
         DataError,
@@ -179,7 +180,7 @@ def test_a_held_out_record_with_text_of_another_width_is_exit_3_before_any_worke
     writer = CacheShardWriter(other, "unseen")
     for row, record in records:
         narrow = TextFeatures(record.text.tokens[:, :100], record.text.pooled)
-        writer.add(row, CacheRecord(record.latents, narrow))
+        writer.add(row, record.latents, [narrow])
     writer.commit({})
     with pytest.raises(
         DataError, match=r"unseen/unseen00\d in .*: its text has \d tokens of width 100 .* say \d, 384 and"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from data_pipeline.captions import Caption
 from data_pipeline.pack import RawClip, write_shards
 from m4v_dist.frozen.video_file import encode_mp4
 from tests.data_pipeline.made_cache import moving_blocks
@@ -64,7 +65,9 @@ later_unit_steps = [1, 1, 1]
 def write_tiny_run(folder: Path, num_training_clips: int = 3) -> str:
     """Pack the clips (one more is held out) and write the config; return its path."""
     clips = [
-        RawClip(f"c{n}", "mp4", encode_mp4(moving_blocks(n, 2 * FRAMES), 16.0), f"blocks that move, number {n}")
+        RawClip(
+            f"c{n}", "mp4", encode_mp4(moving_blocks(n, 2 * FRAMES), 16.0), (Caption(f"blocks that move, number {n}"),)
+        )
         for n in range(num_training_clips + 1)
     ]
     write_shards(clips[:-1], f"{folder}/shards/clips-%03d.tar", len(clips))
