@@ -53,7 +53,7 @@ def assumed_cache(
         "spatial_stride": SPATIAL_STRIDE,
         "sources": {source.name: {"media": source.media} for source in sources},
     }
-    return LatentCache(path, manifest, rows, TextFeatures(torch.zeros(1, 1), torch.zeros(1)))
+    return LatentCache.of_rows(path, manifest, rows, TextFeatures(torch.zeros(1, 1), torch.zeros(1)))
 
 
 def write_assumed_cache(cache: LatentCache, *, latent_channels: int, text_width: int, pooled_width: int) -> None:

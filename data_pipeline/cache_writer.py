@@ -8,6 +8,7 @@ Legend: `c` channels, `t` latents in time, `h` `w` grid.
 
 import os
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import IO, Any
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from data_pipeline.cache_record import CorruptRecordError, new_digest, parse_record, record_members, texts_to_bytes
 from data_pipeline.deterministic_tar import add_member, open_deterministic_tar
-from data_pipeline.latent_cache import MANIFEST, NULL_PROMPT, index_path, shard_path
+from data_pipeline.index_table import write_merged_index
+from data_pipeline.latent_cache import MANIFEST, NULL_PROMPT, fragment_paths, index_path, shard_path
 from data_pipeline.manifest import IndexRow, write_index
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
@@ -27,19 +29,21 @@ class _HashedFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._digest = new_digest()
+        self._digest, self._crc32 = new_digest(), 0
 
     def write(self, data: bytes) -> int:
         self._digest.update(data)
+        self._crc32 = zlib.crc32(data, self._crc32)
         return self._file.write(data)
 
     def tell(self) -> int:
         return self._file.tell()
 
-    def take_checksum(self) -> str:
-        """Checksum of what was written since the last call."""
-        checksum, self._digest = self._digest.hexdigest(), new_digest()
-        return checksum
+    def take_checksums(self) -> tuple[str, int]:
+        """Checksum and CRC-32 of what was written since the last call."""
+        found = self._digest.hexdigest(), self._crc32
+        self._digest, self._crc32 = new_digest(), 0
+        return found
 
 
 class CacheShardWriter:
@@ -68,8 +72,9 @@ class CacheShardWriter:
         for name, data in record_members(row, latents, texts):
             add_member(self._tar, name, data)
         size = self._tar.offset - start
+        checksum, crc32 = self._hashed.take_checksums()
         self._rows.append(replace(row, shard=self._name, offset_bytes=start, size_bytes=size,
-                                  checksum=self._hashed.take_checksum()))  # fmt: skip
+                                  checksum=checksum, crc32=crc32))  # fmt: skip
 
     def commit(self, notes: dict[str, Any]) -> None:
         """Place the tar, verify every record under its final name, then write the index fragment.
@@ -99,9 +104,14 @@ class CacheShardWriter:
 
 
 def write_manifest(cache: str, manifest: dict[str, Any], null_text: TextFeatures) -> None:
-    """Write the null prompt, then the manifest: the cache is finished."""
+    """Write the null prompt, merge the index of the manifest's fragments, then write the manifest: it is finished.
+
+    Raises:
+        DataError: a fragment is missing, or is no index.
+    """
     storage.write_bytes(storage.join(cache, NULL_PROMPT), texts_to_bytes([null_text]))
-    storage.write_json(storage.join(cache, MANIFEST), manifest)
+    index = write_merged_index(cache, fragment_paths(cache, manifest))
+    storage.write_json(storage.join(cache, MANIFEST), {**manifest, "index": index})
 
 
 def _verify_placed(path: str, size: int, rows: list[IndexRow]) -> None:

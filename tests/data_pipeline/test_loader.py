@@ -389,7 +389,7 @@ def test_a_store_that_cannot_be_asked_is_no_damaged_record(
     loader = make_loader(cache_folder, prefetch_steps=prefetch_steps)
     loader.enter(0, 0)
     with monkeypatch.context() as patched:
-        patched.setattr(storage, "read_bytes", unreachable)
+        patched.setattr(storage, "read_into", unreachable)
         with pytest.raises(StoreError, match="EndpointConnectionError"):
             take(loader, 1)
         with pytest.raises(StoreError, match="EndpointConnectionError"):
