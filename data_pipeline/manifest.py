@@ -4,11 +4,11 @@ An index fragment is one Parquet file per input shard. Its presence commits the 
 in its schema metadata the fingerprint of the input and settings, and what was filtered and quarantined.
 """
 
+import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -19,7 +19,8 @@ from braceexpand import braceexpand
 from m4v_dist import storage
 from m4v_dist.errors import ConfigError, DataError
 
-_NOTES = b"m4v"
+_NOTES, _CHECKSUM = b"m4v", b"m4v_checksum"
+_UNSEALED = b"here stands the checksum of this"
 _ARROW_TYPES: dict[Any, pyarrow.DataType] = {
     str: pyarrow.string(),
     int: pyarrow.int64(),
@@ -137,14 +138,13 @@ def _missing_folders(folders: Iterable[str]) -> str:
 
 def write_index(path: str, rows: list[IndexRow], notes: dict[str, Any]) -> None:
     """Write an index fragment atomically; equal rows and notes give equal bytes."""
-    schema = pyarrow.schema(
-        [(column.name, _ARROW_TYPES[column.type]) for column in fields(IndexRow)],
-        metadata={_NOTES: json.dumps(notes, sort_keys=True)},
-    )
+    text = json.dumps(notes, sort_keys=True).encode()
+    columns = [(column.name, _ARROW_TYPES[column.type]) for column in fields(IndexRow)]
+    schema = pyarrow.schema(columns, metadata={_NOTES: text, _CHECKSUM: _UNSEALED})
     table = pyarrow.Table.from_pylist([asdict(row) for row in rows], schema=schema)
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(path, buffer.getvalue())
+    storage.write_bytes(path, _seal(buffer.getvalue()))
 
 
 def read_index(path: str) -> tuple[list[IndexRow], dict[str, Any]]:
@@ -153,10 +153,8 @@ def read_index(path: str) -> tuple[list[IndexRow], dict[str, Any]]:
     Raises:
         DataError: missing, no Parquet, or of another format.
     """
-    with _as_data_error(path):
-        table = _read_table(storage.read_bytes(path))
-        notes = json.loads((table.schema.metadata or {})[_NOTES])
-        return [_row(values) for values in table.to_pylist()], notes
+    table, notes = _read_table(path, None)
+    return [_row(values) for values in table.to_pylist()], notes
 
 
 def read_index_columns(path: str, names: Sequence[str]) -> pyarrow.Table:
@@ -165,23 +163,46 @@ def read_index_columns(path: str, names: Sequence[str]) -> pyarrow.Table:
     Raises:
         DataError: missing, no Parquet, or of another format.
     """
-    with _as_data_error(path):
-        return _read_table(storage.read_bytes(path), names).select(names)
+    return _read_table(path, list(names))[0]
 
 
-@contextmanager
-def _as_data_error(path: str) -> Iterator[None]:
+def _read_table(path: str, names: list[str] | None) -> tuple[pyarrow.Table, dict[str, Any]]:
     try:
-        yield
+        data = storage.read_bytes(path)
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: this index fragment is missing; run jobs.precompute_latents again, which does its shard anew."
         ) from error
-    except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
+    try:
+        file = _open_table(data)
+        stored = file.metadata.metadata
+        _require_seal(data, stored[_CHECKSUM])
+        # in this thread alone, see `_open_table`
+        table = file.read(columns=names, use_threads=False)
+        return table.select(names or table.column_names), json.loads(stored[_NOTES])
+    # OSError: Arrow's word for bytes that it cannot make sense of; the storage was asked above
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: is no index of this version ({type(error).__name__}: {error}); "
             "remove it and run jobs.precompute_latents again."
         ) from error
+
+
+def _seal(data: bytes) -> bytes:
+    """A Parquet file with the checksum of itself in its footer; Parquet's own cover pages alone."""
+    start = data.rindex(_UNSEALED)
+    return data[:start] + _checksum(data) + data[start + len(_UNSEALED) :]
+
+
+def _require_seal(data: bytes, checksum: bytes) -> None:
+    start = data.rindex(checksum)
+    if checksum != _checksum(data[:start] + _UNSEALED + data[start + len(checksum) :]):
+        raise ValueError("its checksum is another one")
+
+
+def _checksum(data: bytes) -> bytes:
+    """As long as what stands in its place while it is computed."""
+    return hashlib.blake2b(data, digest_size=len(_UNSEALED) // 2).hexdigest().encode()
 
 
 def _row(columns: dict[str, Any]) -> IndexRow:
@@ -189,12 +210,11 @@ def _row(columns: dict[str, Any]) -> IndexRow:
     return IndexRow(**values)
 
 
-def _read_table(data: bytes, names: Sequence[str] | None = None) -> pyarrow.Table:
-    """Read a Parquet file's bytes in this thread alone.
+def _open_table(data: bytes) -> pyarrow.parquet.ParquetFile:
+    """Open a Parquet file's bytes to be read in this thread alone.
 
     `read_table` goes through Arrow's dataset scanner, whose worker threads hold the bytes. A job that is refused right
     after it may end while one of them lets go of what Python owns, and that aborts the interpreter (exit code 134 in
     place of ours). Each of the three parts keeps another thread away: no scanner, no read-ahead, no parallel columns.
     """
-    file = pyarrow.parquet.ParquetFile(io.BytesIO(data), pre_buffer=False)
-    return file.read(columns=None if names is None else list(names), use_threads=False)
+    return pyarrow.parquet.ParquetFile(io.BytesIO(data), pre_buffer=False)

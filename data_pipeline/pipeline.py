@@ -100,7 +100,7 @@ def run_precompute(
         storage.remove(storage.join(cache, INDEX))
         with ray_session():
             done_now = (run_shards or run_on_ray)(plan, pending)
-        storage.remove(storage.join(cache, ATTEMPTS))
+        _remove_leftovers(cache)
     report = write_report(cache, {**committed, **done_now}, done_now, time.monotonic() - started)
     _require_enough(plan, report)
     write_manifest(cache, _manifest(plan, description, tasks), null_text)
@@ -114,7 +114,7 @@ def _is_finished(cache: str, manifest: Mapping[str, Any], committed: Mapping[str
 
 
 def _remove_leftovers(cache: str) -> None:
-    """Remove temporary files and notes of attempts that a killed run left."""
+    """Remove temporary files and notes of attempts that a killed run or worker left; no worker may be up."""
     storage.remove(storage.join(cache, ATTEMPTS))
     for folder in ("shards", "index"):
         for name in storage.list_folder(storage.join(cache, folder)):

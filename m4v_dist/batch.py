@@ -31,7 +31,7 @@ def slot_generator(seed: int) -> torch.Generator:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return float32 on `device`, made there: what is page-locked goes over as it is stored, and nobody waits for it."""
+    """Return float32 on `device`, made there: what is page-locked goes over as stored, and nobody waits for it."""
     # to a CPU it would be handed out before it is there
     is_asynchronous = torch.device(device).type != "cpu"
     return tensor.to(device, non_blocking=is_asynchronous).to(torch.float32)

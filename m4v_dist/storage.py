@@ -180,7 +180,7 @@ def write_chunks(path: str, chunks: Callable[[], Iterable[bytes | memoryview]], 
         ask(path, lambda filesystem: _upload(filesystem, path, chunks()))
         return
     temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
-    try:
+    with naming_full_disk(path, size_bytes):
         durable.make_folders(os.path.dirname(path) or ".")
         try:
             with open(temporary, "wb") as file:
@@ -191,6 +191,17 @@ def write_chunks(path: str, chunks: Callable[[], Iterable[bytes | memoryview]], 
             durable.rename(temporary, path)
         finally:
             remove(temporary)
+
+
+@contextmanager
+def naming_full_disk(path: str, size_bytes: int) -> Iterator[None]:
+    """Say of a full disk which local file met it, how many bytes it is to have, and how many are free.
+
+    Raises:
+        NoSpaceError: in place of the system's own error; every other error passes.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise

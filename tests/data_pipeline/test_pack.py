@@ -132,3 +132,60 @@ def test_a_compressed_shard_is_refused(tmp_path: Path, compress: Callable[[bytes
 def test_braces_that_do_not_balance_are_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"sources.shards='x-\{000\.\.003.tar': braces do not balance"):
         list_shards("x-{000..003.tar")
+
+
+def read_by_key(path: str) -> dict[str, RawClip]:
+    clips = [clip for clip in read_shard(path) if isinstance(clip, RawClip)]
+    assert len({clip.key for clip in clips}) == len(clips)
+    return {clip.key: clip for clip in clips}
+
+
+def test_a_record_with_a_fault_is_told_apart_and_its_neighbours_are_read(tmp_path: Path) -> None:
+    """Where WebDataset ends the shard, or takes one of two in silence."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in [
+            ("a.mp4", b"1"), ("a.mp4", b"2"), ("a.txt", b"twice"),
+            ("b.mp4", b"1"), ("b.webm", b"2"), ("b.txt", b"two kinds"),
+            ("c.mp4", b"1"), ("c.txt", b"caf\xe9"),
+            ("d.mp4", b"1"), ("d.json", b'["a list"]'),
+            ("no_extension", b"1"),
+            ("z.mp4", b"1"), ("z.txt", b"whole"),
+        ]:  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    clips = read_by_key(str(tmp_path / "x.tar"))
+    assert {key: clip.fault for key, clip in clips.items()} == {
+        "a": "member .mp4 stands twice",
+        "b": "2 media members: .mp4, .webm; a record is one clip",
+        "c": "txt is no UTF-8 (byte 0xe9 at 3); write it anew in UTF-8",
+        "d": "json is ['a list'], not an object",
+        "no_extension": None,
+        "z": None,
+    }
+    assert clips["no_extension"].kind is None and clips["z"].captions == (Caption("whole"),)
+
+
+def test_keys_of_every_language_with_folders_and_of_any_length_are_kept(tmp_path: Path) -> None:
+    keys = ["Füchse/крыша", "狐/屋根", "a/b.c/d", "long/" + "k" * 300, "with space", "no\u00a0break", "🦊"]
+    (path,) = write_shards([RawClip(key, "mp4", b"1", (Caption(key),)) for key in keys], f"{tmp_path}/x-%d.tar", 99)
+    assert list(read_by_key(path)) == keys
+    assert [sample["__key__"] for sample in webdataset.WebDataset(path, shardshuffle=False)] == keys
+
+
+def test_a_key_that_no_list_can_hold_is_a_fault(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("two\nlines.mp4", "a\ttab.mp4", b"caf\xe9.mp4".decode("utf-8", "surrogateescape"), "ok.mp4"):
+            tar.addfile(tarfile.TarInfo(name))
+    clips = read_by_key(str(tmp_path / "x.tar"))
+    assert list(clips) == ["two\\nlines", "a\\ttab", "caf\\udce9", "ok"]
+    assert [clip.fault is None for clip in clips.values()] == [False, False, False, True]
+
+
+def test_captions_and_weights_are_packed_and_read_back(tmp_path: Path) -> None:
+    captions = (Caption("a fox", 2.0), Caption("ein Fuchs auf dem Dach", 0.5))
+    (path,) = write_shards([RawClip("a", "mp4", b"1", captions, {"licence": "CC0"})], f"{tmp_path}/x-%d.tar", 1)
+    clip = read_by_key(path)["a"]
+    assert clip.captions == captions and clip.metadata == {"licence": "CC0"}
+    with pytest.raises(ValueError, match=r"a: captions\[0\] has the weight nan"):
+        write_shards([RawClip("a", "mp4", b"1", (Caption("x", float("nan")),))], f"{tmp_path}/y-%d.tar", 1)
