@@ -1,7 +1,7 @@
 """Reads the records that a loader has planned: several at a time, checked, once more where a read went wrong.
 
-A read that fails for a moment is asked again below (`object_store.ask`); one that comes back short or wrong is read
-once more here before the record counts as damaged, since a transfer can spoil what a disk keeps whole.
+A read that fails for a moment is asked again below (`object_store.ask`); one that comes back short or wrong is made
+again here before the record counts as damaged, since a transfer can spoil what a disk keeps whole.
 """
 
 import threading
@@ -16,6 +16,8 @@ from data_pipeline.manifest import RecordPlace
 from data_pipeline.record_bytes import RecordBytes, new_buffer, require_crc32
 from m4v_dist import storage
 
+_MAX_READS = 3
+
 
 @dataclass
 class ReadCounts:
@@ -24,7 +26,7 @@ class ReadCounts:
     Args:
         num_reads: of records from the storage.
         read_bytes: of these.
-        num_reread: reads that came back short or wrong, and were made once more.
+        num_reread: reads that were made again, because they had come back short or wrong.
         num_saved: records that were needed and not read: another slot of the step, or another rank of the host, had.
     """
 
@@ -65,20 +67,21 @@ class RecordReader:
             is_shared: whether another rank of this host wants it too.
 
         Raises:
-            CorruptRecordError: missing, cut short, or another checksum, twice.
+            CorruptRecordError: missing, or each time cut short or with another checksum.
             OSError: the storage failed: the record may be whole.
         """
         place = self._cache.table(source).place(record)
-        try:
-            return self._read_once(place, is_shared=is_shared)
-        except FileNotFoundError as error:
-            raise CorruptRecordError(place, str(error)) from error
-        except (CorruptRecordError, EOFError):
-            self._count(num_reread=1)
-        try:
-            return self._read_once(place, is_shared=False)
-        except (EOFError, FileNotFoundError) as error:
-            raise CorruptRecordError(place, str(error)) from error
+        for number in range(_MAX_READS):
+            try:
+                # what another rank has read may be what is wrong
+                return self._read_once(place, is_shared=is_shared and number == 0)
+            except FileNotFoundError as error:
+                raise CorruptRecordError(place, str(error)) from error
+            except (CorruptRecordError, EOFError) as error:
+                damage = error
+            if number < _MAX_READS - 1:
+                self._count(num_reread=1)
+        raise damage if isinstance(damage, CorruptRecordError) else CorruptRecordError(place, str(damage)) from damage
 
     def take(self, read: RecordBytes, caption: int) -> CacheRecord:
         """A record that was read, with one of its captions.
