@@ -46,10 +46,17 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's micro-batches of one global step."""
+    """This rank's micro-batches of one global step.
+
+    Args:
+        step: its number.
+        micro_batches: as many on each rank.
+        token_imbalance: tokens of the rank that has the most over the mean of all ranks, minus 1; fillers count.
+    """
 
     step: int
     micro_batches: tuple[LatentBatch, ...]
+    token_imbalance: float
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class _StepInFlight:
         num_fillers: of each micro-batch.
         reads: of the records that they take, each once.
         shared: those of them that other ranks take too.
+        token_imbalance: see `StepBatch`.
         after: the state after the step.
     """
 
@@ -70,6 +78,7 @@ class _StepInFlight:
     num_fillers: tuple[int, ...]
     reads: Mapping[Place, "Future[RecordBytes]"]
     shared: frozenset[Place]
+    token_imbalance: float
     after: LoaderState
 
 
@@ -120,7 +129,7 @@ class LatentLoader:
         self._state = LoaderState()
         self._stage: StagePlan | None = None
         self._prefetcher: Prefetcher[tuple[StepBatch, LoaderState]] | None = None
-        self._wait_s = 0.0
+        self._wait_s = self._token_imbalance = 0.0
         self._bad: dict[Place, str] = {}
         self._num_slots_read = 0
         self._num_slots_replaced = 0
@@ -202,8 +211,9 @@ class LatentLoader:
 
     @property
     def reads(self) -> dict[str, float]:
-        """What this rank has read so far (see `ReadCounts`), and `wait_s`: how long steps were waited for."""
-        return {**self._records.counts, "wait_s": self._wait_s}
+        """What this rank has read so far (see `ReadCounts`), `wait_s`: how long steps were waited for, and the
+        `token_imbalance` of the last one (see `StepBatch`)."""
+        return {**self._records.counts, "wait_s": self._wait_s, "token_imbalance": self._token_imbalance}
 
     def close(self) -> None:
         """Stop reading ahead; nothing that was not handed out counts as seen."""
@@ -240,6 +250,7 @@ class LatentLoader:
         began = time.perf_counter()
         item = get()
         self._wait_s += time.perf_counter() - began
+        self._token_imbalance = item[0].token_imbalance
         return item
 
     def held_out(self) -> tuple[LatentBatch, ...]:
@@ -291,6 +302,7 @@ class LatentLoader:
         size = -(-len(slots) // (self._world_size * num_micro))
         filler = min(slots, key=lambda slot: (slot.num_tokens, slot.index))
         mine = spread[self._rank]
+        loads = [_num_tokens(slots, micro, size, filler) for micro in spread]
         micro_batches = tuple(
             (*(slots[index] for index in members), *[filler] * (size - len(members))) for members in mine
         )
@@ -301,8 +313,9 @@ class LatentLoader:
         }
         self._records.count_saved(size * num_micro - len(wanted))
         return _StepInFlight(
-            state.next_step, micro_batches, tuple(size - len(members) for members in mine), reads, shared, after
-        )
+            state.next_step, micro_batches, tuple(size - len(members) for members in mine), reads, shared,
+            max(loads) * len(loads) / sum(loads) - 1.0, after,
+        )  # fmt: skip
 
     def _shared_places(self, slots: Sequence[Slot], spread: list[list[list[int]]], filler: Slot) -> frozenset[Place]:
         """The records of a step that more than one rank takes."""
@@ -323,7 +336,7 @@ class LatentLoader:
         for members, num_fillers in zip(step.micro_batches, step.num_fillers, strict=True):
             items = [self._take(stage, step, slot, read) for slot in members]
             batches.append(self._batch(items, self._planner.num_slots, num_fillers=num_fillers))
-        return StepBatch(step.step, tuple(batches))
+        return StepBatch(step.step, tuple(batches), step.token_imbalance)
 
     def _take(
         self, stage: StagePlan, step: _StepInFlight, slot: Slot, read: dict[Place, RecordBytes]
@@ -389,3 +402,11 @@ class LatentLoader:
 
 def _place(slot: Slot) -> Place:
     return slot.source, slot.record
+
+
+def _num_tokens(slots: Sequence[Slot], micro_batches: Sequence[Sequence[int]], size: int, filler: Slot) -> int:
+    """Tokens of a rank's step."""
+    num_fillers = sum(size - len(members) for members in micro_batches)
+    return (
+        sum(slots[index].num_tokens for members in micro_batches for index in members) + num_fillers * filler.num_tokens
+    )

@@ -211,6 +211,29 @@ def test_micro_batches_of_a_step_have_about_equal_tokens(cache_folder: str) -> N
         assert max(loads) - min(loads) <= heaviest
 
 
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_the_imbalance_of_tokens_over_ranks_is_reported_by_each(cache_folder: str, world_size: int) -> None:
+    loaders = [enter_video_stage(make_loader(cache_folder, rank, world_size)) for rank in range(world_size)]
+    batches = [take(loader, 5) for loader in loaders]
+    for step in zip(*batches, strict=True):
+        loads = [sum(slot.num_tokens for slot in slots_of([batch])) for batch in step]
+        expected = max(loads) / (sum(loads) / world_size) - 1
+        assert all(batch.token_imbalance == pytest.approx(expected) for batch in step)
+    assert all(loader.reads["token_imbalance"] == pytest.approx(expected) for loader in loaders)
+    assert (expected == 0) == (world_size == 1)
+
+
+def test_reads_are_counted_once_for_a_group(cache_folder: str) -> None:
+    loader = enter_video_stage(make_loader(cache_folder, prefetch_steps=0))
+    slots = slots_of(take(loader, 6))
+    distinct = {(slot.step, slot.source, slot.record) for slot in slots}
+    reads = loader.reads
+    assert reads["num_reads"] == len(distinct) and reads["num_saved"] == len(slots) - len(distinct) > 0
+    table = loader._cache.table
+    assert reads["read_bytes"] == sum(table(source).place(record).size_bytes for _, source, record in distinct)
+    assert reads["num_reread"] == 0 and reads["wait_s"] > 0
+
+
 @pytest.mark.parametrize(("world_size", "size", "expected"), [(11, 1, 3), (3, 2, 4), (5, 2, 2)])
 def test_all_ranks_have_equal_micro_batches_filled_up(
     cache_folder: str, world_size: int, size: int, expected: int
