@@ -8,12 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
+from data_pipeline.cache_manifest import FORMAT_VERSION, NULL_PROMPT
 from data_pipeline.cache_writer import CacheShardWriter, write_manifest
-from data_pipeline.latent_cache import (
-    FORMAT_VERSION,
-    NULL_PROMPT,
-    LatentCache,
-)
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import IndexRow
 from m4v_dist.batch import TextFeatures
 from m4v_dist.config.data_settings import BucketSettings, SourceSettings
@@ -53,7 +50,7 @@ def assumed_cache(
         "spatial_stride": SPATIAL_STRIDE,
         "sources": {source.name: {"media": source.media} for source in sources},
     }
-    return LatentCache(path, manifest, rows, TextFeatures(torch.zeros(1, 1), torch.zeros(1)))
+    return LatentCache.of_rows(path, manifest, rows, TextFeatures(torch.zeros(1, 1), torch.zeros(1)))
 
 
 def write_assumed_cache(cache: LatentCache, *, latent_channels: int, text_width: int, pooled_width: int) -> None:

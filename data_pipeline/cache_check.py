@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.cache_census import with_counts
+from data_pipeline.cache_manifest import index_path, read_null_text, require_manifest, shard_path
 from data_pipeline.cache_record import CorruptRecordError
-from data_pipeline.latent_cache import LatentCache, index_path, read_null_text, require_manifest, shard_path
+from data_pipeline.index_table import INDEX
+from data_pipeline.latent_cache import LatentCache, is_index_sound
 from data_pipeline.manifest import IndexRow, read_index
 from data_pipeline.record_list import ListedRecord, RecordName
 from m4v_dist import storage
@@ -85,6 +87,11 @@ def check_cache(path: str, num_threads: int, on_record: Callable[[], object]) ->
                 on_record()
     if len(fragments) == len(manifest["fragments"]):
         _check_counts(manifest, fragments, report)
+    if not is_index_sound(path, manifest):
+        report.problems.append(
+            f"{storage.join(path, INDEX)}: is not made of these fragments, or is missing; run jobs.precompute_latents "
+            "again, which merges them anew"
+        )
     _find_unused(path, manifest["fragments"], report)
     return report
 
@@ -92,7 +99,7 @@ def check_cache(path: str, num_threads: int, on_record: Callable[[], object]) ->
 def _fault(cache: LatentCache, row: IndexRow) -> str | None:
     """Why a record cannot be used, or None."""
     try:
-        latents = cache.read(row).latents
+        latents, _ = cache.read_all(row)
     except (CorruptRecordError, DataError) as error:
         return str(error)
     except OSError as error:

@@ -6,12 +6,14 @@ nothing, a rerun of the precompute finds its shards committed, and a shard that 
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.cache_census import with_counts
-from data_pipeline.latent_cache import MANIFEST, index_path, require_manifest
+from data_pipeline.cache_manifest import MANIFEST, fragment_paths, index_path, require_manifest
+from data_pipeline.index_table import INDEX, write_merged_index
+from data_pipeline.latent_cache import is_index_sound
 from data_pipeline.manifest import IndexRow, read_index, write_index
 from data_pipeline.precompute_report import count_dropped
 from data_pipeline.record_list import RecordName
@@ -84,19 +86,26 @@ def drop_records(plan: DropPlan, when: str) -> None:
         plan: of `plan_drop`, made just before.
         when: the time to note down, ISO 8601.
     """
+    manifest = plan.manifest
+    if plan.fragments:
+        # derived, and merged anew below: until then readers take the fragments themselves
+        storage.remove(storage.join(plan.cache, INDEX))
     for fragment, names in plan.fragments.items():
-        path = index_path(plan.cache, fragment)
-        rows, notes = read_index(path)
-        gone = set(names)
-        entries = [_entry(row, when) for row in rows if _name(row) in gone]
-        kept = [row for row in rows if _name(row) not in gone]
-        changed = {**notes, "kept": len(kept), DROPPED: [*notes.get(DROPPED, ()), *entries]}
-        write_index(path, kept, changed)
-        logger.info("%s: dropped %d of %d records", path, len(entries), len(rows))
-    counted = with_counts(plan.manifest, _fragments(plan.cache, plan.manifest["fragments"]))
-    if counted != plan.manifest:
-        storage.write_json(storage.join(plan.cache, MANIFEST), counted)
+        _drop_from(index_path(plan.cache, fragment), set(names), when)
+    counted = with_counts(manifest, (read_index(path) for path in fragment_paths(plan.cache, manifest).values()))
+    if counted != manifest or not is_index_sound(plan.cache, manifest):
+        index = write_merged_index(plan.cache, fragment_paths(plan.cache, manifest))
+        storage.write_json(storage.join(plan.cache, MANIFEST), {**counted, "index": index})
     count_dropped(plan.cache, Counter(name.source for names in plan.fragments.values() for name in names))
+
+
+def _drop_from(path: str, gone: set[RecordName], when: str) -> None:
+    """Write an index fragment without some of its records."""
+    rows, notes = read_index(path)
+    kept = [row for row in rows if _name(row) not in gone]
+    entries = [_entry(row, when) for row in rows if _name(row) in gone]
+    write_index(path, kept, {**notes, "kept": len(kept), DROPPED: [*notes.get(DROPPED, ()), *entries]})
+    logger.info("%s: dropped %d of %d records", path, len(entries), len(rows))
 
 
 def dropped_before(cache: str, fragment: str) -> dict[str, dict[str, Any]]:
@@ -106,10 +115,6 @@ def dropped_before(cache: str, fragment: str) -> dict[str, dict[str, Any]]:
         return {}
     entries = read_index(path)[1].get(DROPPED, ())
     return {entry["key"]: {name: entry[name] for name in ("key", "source", "when")} for entry in entries}
-
-
-def _fragments(cache: str, names: Iterable[str]) -> Iterable[tuple[list[IndexRow], dict[str, Any]]]:
-    return (read_index(index_path(cache, name)) for name in names)
 
 
 def _name(row: IndexRow) -> RecordName:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_pipeline.manifest import IndexRow
+from data_pipeline.manifest import IndexRow, RecordPlace
 from m4v_dist import tensor_files
 from m4v_dist.batch import TextFeatures
 
-_LATENTS, _TEXT, _JSON = "latents.safetensors", "text.safetensors", "json"
+LATENTS, TEXT, _JSON = "latents.safetensors", "text.safetensors", "json"
 
 
 class CorruptRecordError(Exception):
@@ -27,7 +27,7 @@ class CorruptRecordError(Exception):
         shard: name of the cache's tar that holds it.
     """
 
-    def __init__(self, row: IndexRow, reason: str) -> None:
+    def __init__(self, row: IndexRow | RecordPlace, reason: str) -> None:
         super().__init__(f"{row.source}/{row.key} in {row.shard}: {reason}")
         self.shard = row.shard
 
@@ -47,8 +47,8 @@ def record_members(row: IndexRow, latents: Tensor, texts: Sequence[TextFeatures]
         "fps": row.fps, "num_frames": row.num_frames, "height_px": row.height_px, "width_px": row.width_px,
     }  # fmt: skip
     return [
-        (f"{row.key}.{_LATENTS}", tensor_files.tensors_to_bytes({"latents": latents})),
-        (f"{row.key}.{_TEXT}", texts_to_bytes(texts)),
+        (f"{row.key}.{LATENTS}", tensor_files.tensors_to_bytes({"latents": latents})),
+        (f"{row.key}.{TEXT}", texts_to_bytes(texts)),
         (f"{row.key}.{_JSON}", json.dumps(described, sort_keys=True).encode()),
     ]
 
@@ -66,7 +66,7 @@ def parse_record(data: bytes, row: IndexRow) -> tuple[Tensor, tuple[TextFeatures
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             members = {member.name.removeprefix(f"{row.key}."): tar.extractfile(member) for member in tar}
-            latents_file, text_file = members[_LATENTS], members[_TEXT]
+            latents_file, text_file = members[LATENTS], members[TEXT]
             assert latents_file is not None and text_file is not None
             latents = tensor_files.tensors_from_bytes(latents_file.read())["latents"]
             return latents, texts_from_bytes(text_file.read())

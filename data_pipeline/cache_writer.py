@@ -6,15 +6,17 @@ data_pipeline/README.md has the layout.
 Legend: `c` channels, `t` latents in time, `h` `w` grid.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from data_pipeline.cache_manifest import MANIFEST, NULL_PROMPT, fragment_paths, index_path, shard_path
 from data_pipeline.cache_record import CorruptRecordError, new_digest, parse_record, record_members, texts_to_bytes
 from data_pipeline.deterministic_tar import TarDraft
-from data_pipeline.latent_cache import MANIFEST, NULL_PROMPT, index_path, shard_path
+from data_pipeline.index_table import write_merged_index
 from data_pipeline.manifest import IndexRow, write_index
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
@@ -33,8 +35,8 @@ class CacheShardWriter:
         self._name = name
         self._rows: list[IndexRow] = []
         # of what is meant, not of what a disk keeps of it
-        self._digest = new_digest()
-        self._tar = TarDraft(shard_path(cache, name), lambda data: self._digest.update(data))
+        self._digest, self._crc32 = new_digest(), 0
+        self._tar = TarDraft(shard_path(cache, name), self._sum)
 
     def add(self, row: IndexRow, latents: Tensor, texts: Sequence[TextFeatures]) -> None:
         """Append a record.
@@ -49,12 +51,16 @@ class CacheShardWriter:
         """
         assert len(row.captions) == len(row.caption_weights) == len(row.num_text_tokens) == len(texts) > 0
         start = self._tar.offset_bytes
-        self._digest = new_digest()
+        self._digest, self._crc32 = new_digest(), 0
         for name, data in record_members(row, latents, texts):
             self._tar.add(name, data)
         size = self._tar.offset_bytes - start
         self._rows.append(replace(row, shard=self._name, offset_bytes=start, size_bytes=size,
-                                  checksum=self._digest.hexdigest()))  # fmt: skip
+                                  checksum=self._digest.hexdigest(), crc32=self._crc32))  # fmt: skip
+
+    def _sum(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._crc32 = zlib.crc32(data, self._crc32)
 
     def commit(self, notes: dict[str, Any]) -> None:
         """Place the tar, verify every record under its final name, then write the index fragment.
@@ -76,9 +82,14 @@ class CacheShardWriter:
 
 
 def write_manifest(cache: str, manifest: dict[str, Any], null_text: TextFeatures) -> None:
-    """Write the null prompt, then the manifest: the cache is finished."""
+    """Write the null prompt, merge the index of the manifest's fragments, then write the manifest: it is finished.
+
+    Raises:
+        DataError: a fragment is missing, or is no index.
+    """
     storage.write_bytes(storage.join(cache, NULL_PROMPT), texts_to_bytes([null_text]))
-    storage.write_json(storage.join(cache, MANIFEST), manifest)
+    index = write_merged_index(cache, fragment_paths(cache, manifest))
+    storage.write_json(storage.join(cache, MANIFEST), {**manifest, "index": index})
 
 
 def _verify_placed(path: str, size: int, rows: list[IndexRow]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_pipeline.latent_cache import index_path
+from data_pipeline.cache_manifest import index_path
 from data_pipeline.manifest import IndexRow, read_index, write_index
 from data_pipeline.precompute_plan import ShardOutcome, ShardTask
 

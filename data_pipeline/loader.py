@@ -15,30 +15,71 @@ Legend: `c` channels, `t` latents in time, `h` `w` latent grid.
 """
 
 import logging
-import queue
-import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data_pipeline.cache_record import CacheRecord, CorruptRecordError
-from data_pipeline.mixture import Cursor, num_micro_batches, spread_slots
-from data_pipeline.slot_plan import LoaderState, SlotPlanner, StagePlan
-from m4v_dist.batch import LatentBatch, Slot
+from data_pipeline.host_files import SharedReads
+from data_pipeline.loader_state import LoaderState, require_fields, require_order
+from data_pipeline.mixture import ORDER_VERSION, num_micro_batches, spread_slots
+from data_pipeline.prefetcher import Prefetcher
+from data_pipeline.record_bytes import RecordBytes
+from data_pipeline.record_reader import RecordReader
+from data_pipeline.slot_plan import SlotPlanner, StagePlan
+from m4v_dist.batch import LatentBatch, Slot, TextFeatures
 from m4v_dist.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 _RESERVE_TRIES = 16
-_POLL_S = 0.2
+
+Place = tuple[str, int]
+"""A source, and the position of a record in its table."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's micro-batches of one global step."""
+    """This rank's micro-batches of one global step.
+
+    Args:
+        step: its number.
+        micro_batches: as many on each rank.
+        token_imbalance: tokens of the rank that has the most over the mean of all ranks, minus 1; fillers count.
+    """
 
     step: int
     micro_batches: tuple[LatentBatch, ...]
+    token_imbalance: float
+
+
+@dataclass(frozen=True)
+class _StepInFlight:
+    """A step whose reads are under way.
+
+    Args:
+        step: its number.
+        micro_batches: this rank's slots, fillers at the end.
+        num_fillers: of each micro-batch.
+        reads: of the records that they take, each once.
+        shared: those of them that other ranks take too.
+        token_imbalance: see `StepBatch`.
+        after: the state after the step.
+    """
+
+    step: int
+    micro_batches: tuple[tuple[Slot, ...], ...]
+    num_fillers: tuple[int, ...]
+    reads: Mapping[Place, "Future[RecordBytes]"]
+    shared: frozenset[Place]
+    token_imbalance: float
+    after: LoaderState
 
 
 class LatentLoader:
@@ -49,7 +90,12 @@ class LatentLoader:
     Args:
         planner: of the run, equal on all ranks; its cache is read.
         rank, world_size: this process among the data-parallel ranks.
-        prefetch_steps: steps read ahead by a thread; 0 reads in the caller.
+        prefetch_steps: steps whose reads are begun ahead of the one that is handed out next, by a thread that also
+            has that one ready; 0 reads when a step is asked for.
+        reads_in_flight: reads of one rank at the same time.
+        shared: where ranks of this host share what several of them take in a step; None: each reads for itself.
+        has_twins: other ranks have this rank's very slots, those that cut their sequences with it.
+        pin_memory: hand out page-locked tensors, so that copies to a GPU do not wait.
         held_out_slots: H; 0 for none.
         max_bad_fraction: slots of this rank whose record was damaged over all slots that this rank read; past it, and
             with more than one damaged record, the run fails.
@@ -62,6 +108,10 @@ class LatentLoader:
         rank: int,
         world_size: int,
         prefetch_steps: int = 2,
+        reads_in_flight: int = 4,
+        shared: SharedReads | None = None,
+        has_twins: bool = False,
+        pin_memory: bool = False,
         held_out_slots: int = 0,
         max_bad_fraction: float = 0.01,
     ) -> None:
@@ -71,12 +121,16 @@ class LatentLoader:
         self._rank = rank
         self._world_size = world_size
         self._prefetch_steps = prefetch_steps
+        self._records = RecordReader(planner.cache, reads_in_flight, shared)
+        self._is_sharing, self._has_twins = shared is not None, has_twins
+        self._pin_memory = pin_memory
         self._held_out_slots = held_out_slots
         self._max_bad_fraction = max_bad_fraction
         self._state = LoaderState()
         self._stage: StagePlan | None = None
-        self._reader: _Prefetcher | None = None
-        self._bad: dict[tuple[str, int], str] = {}
+        self._prefetcher: Prefetcher[tuple[StepBatch, LoaderState]] | None = None
+        self._wait_s = self._token_imbalance = 0.0
+        self._bad: dict[Place, str] = {}
         self._num_slots_read = 0
         self._num_slots_replaced = 0
 
@@ -100,12 +154,10 @@ class LatentLoader:
     def state_dict(self) -> dict[str, Any]:
         """State after the last step handed out, as JSON values; the same on every rank."""
         return {
+            "order_version": ORDER_VERSION,
             **self._planner.identity,
             "index": self._digests,
-            "next_step": self._state.next_step,
-            "cursors": {name: asdict(cursor) for name, cursor in sorted(self._state.cursors.items())},
-            "samples_seen": dict(sorted(self._state.samples_seen.items())),
-            "tokens_seen": dict(sorted(self._state.tokens_seen.items())),
+            **self._state.to_json(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -113,11 +165,12 @@ class LatentLoader:
 
         Raises:
             ConfigError: it belongs to another seed, batch or sync group, so the order of the data would change.
-            DataError: a field of it is missing; or the cache now holds other records of a source, so the cursors would
-                point elsewhere.
+            DataError: its cursors are of another order of the records than this code walks; a field of it is missing;
+                or the cache now holds other records of a source, so the cursors would point elsewhere.
         """
         self.close()
-        _require_fields(state, self.state_dict())
+        require_order(state)
+        require_fields(state, self.state_dict())
         for name, value in self._planner.identity.items():
             if state[name] != value:
                 raise ConfigError(
@@ -125,12 +178,7 @@ class LatentLoader:
                     "repeat and skip records. Set it back, or start a new run folder."
                 )
         self._require_same_records(state["index"])
-        self._state = LoaderState(
-            next_step=state["next_step"],
-            cursors={name: Cursor(**cursor) for name, cursor in state["cursors"].items()},
-            samples_seen=dict(state["samples_seen"]),
-            tokens_seen=dict(state["tokens_seen"]),
-        )
+        self._state = LoaderState.from_json(state)
 
     def _require_same_records(self, index: Mapping[str, str]) -> None:
         differing = [name for name in sorted(index) if self._digests.get(name) != index[name]]
@@ -159,13 +207,20 @@ class LatentLoader:
     @property
     def bad_records(self) -> dict[str, str]:
         """The records of `num_bad_records`: `source/key` to error."""
-        return {f"{source}/{self._cache.rows(source)[record].key}": e for (source, record), e in self._bad.items()}
+        return {f"{source}/{self._cache.table(source).key(record)}": e for (source, record), e in self._bad.items()}
+
+    @property
+    def reads(self) -> dict[str, float]:
+        """What this rank has read so far (see `ReadCounts`), `wait_s`: how long steps were waited for, and the
+        `token_imbalance` of the last one (see `StepBatch`)."""
+        return {**self._records.counts, "wait_s": self._wait_s, "token_imbalance": self._token_imbalance}
 
     def close(self) -> None:
-        """Stop the prefetch thread; nothing that was not handed out counts as seen."""
-        if self._reader is not None:
-            self._reader.stop()
-            self._reader = None
+        """Stop reading ahead; nothing that was not handed out counts as seen."""
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+            self._prefetcher = None
+        self._records.close()
 
     # ---- batches
 
@@ -179,18 +234,24 @@ class LatentLoader:
         self.close()
         prepared = self._prepare(self._stage, self._state)
         if not self._prefetch_steps:
-            for batch, self._state in prepared:
+            while True:
+                batch, self._state = self._waited_for(lambda: next(prepared))
                 yield batch
-            return
-        reader = self._reader = _Prefetcher(prepared, self._prefetch_steps)
+        prefetcher = self._prefetcher = Prefetcher(prepared, 1)
         try:
-            while self._reader is reader:
-                batch, state = reader.get()
-                self._state = state
+            while self._prefetcher is prefetcher:
+                batch, self._state = self._waited_for(prefetcher.get)
                 yield batch
             raise RuntimeError("loader: these steps ended when the loader was closed, entered or loaded anew")
         finally:
-            reader.stop()
+            prefetcher.stop()
+
+    def _waited_for(self, get: Callable[[], tuple[StepBatch, LoaderState]]) -> tuple[StepBatch, LoaderState]:
+        began = time.perf_counter()
+        item = get()
+        self._wait_s += time.perf_counter() - began
+        self._token_imbalance = item[0].token_imbalance
+        return item
 
     def held_out(self) -> tuple[LatentBatch, ...]:
         """This rank's fixed held-out micro-batches, as many on each rank; empty when switched off.
@@ -208,7 +269,7 @@ class LatentLoader:
         try:
             return tuple(
                 self._batch(
-                    [(slots[at % len(slots)], self._read(slots[at % len(slots)])) for at in part],
+                    [self._held_out_item(slots[at % len(slots)]) for at in part],
                     self._held_out_slots,
                     num_fillers=sum(at >= len(slots) for at in part),
                 )
@@ -219,43 +280,80 @@ class LatentLoader:
                 f"held-out record {error}; held-out slots are fixed: {self._cache.how_to_redo([error.shard])}."
             ) from error
 
+    def _held_out_item(self, slot: Slot) -> tuple[Slot, CacheRecord]:
+        return slot, self._records.take(self._records.read(*_place(slot)), slot.caption)
+
     # ---- reading
 
     def _prepare(self, stage: StagePlan, state: LoaderState) -> Iterator[tuple[StepBatch, LoaderState]]:
+        ahead: deque[_StepInFlight] = deque()
         while True:
-            slots, after = self._planner.plan(stage, state)
-            yield self._read_step(stage, state.next_step, slots), after
-            state = after
+            while len(ahead) <= self._prefetch_steps:
+                ahead.append(self._begin(stage, state))
+                state = ahead[-1].after
+            step = ahead.popleft()
+            yield self._finish(stage, step), step.after
 
-    def _read_step(self, stage: StagePlan, step: int, slots: list[Slot]) -> StepBatch:
+    def _begin(self, stage: StagePlan, state: LoaderState) -> _StepInFlight:
+        """Plan a step and begin its reads."""
+        slots, after = self._planner.plan(stage, state)
         num_micro = num_micro_batches(len(slots), self._world_size, stage.settings.micro_batch_slots)
-        mine = spread_slots([slot.num_tokens for slot in slots], self._world_size, num_micro)[self._rank]
+        spread = spread_slots([slot.num_tokens for slot in slots], self._world_size, num_micro)
         size = -(-len(slots) // (self._world_size * num_micro))
-        filler = min(slots, key=lambda slot: (slot.num_tokens, slot.index)).index
-        # members of a sync group on this rank share one read
-        read: dict[tuple[str, int], CacheRecord] = {}
-        batches = []
-        for members in mine:
-            num_fillers = size - len(members)
-            items = [self._read_slot(stage, slots[index], read) for index in [*members, *[filler] * num_fillers]]
-            batches.append(self._batch(items, self._planner.num_slots, num_fillers=num_fillers))
-        return StepBatch(step, tuple(batches))
+        filler = min(slots, key=lambda slot: (slot.num_tokens, slot.index))
+        mine = spread[self._rank]
+        loads = [_num_tokens(slots, micro, size, filler) for micro in spread]
+        micro_batches = tuple(
+            (*(slots[index] for index in members), *[filler] * (size - len(members))) for members in mine
+        )
+        wanted = dict.fromkeys(_place(slot) for members in micro_batches for slot in members)
+        shared = self._shared_places(slots, spread, filler)
+        reads = {
+            place: self._records.start(*place, is_shared=place in shared) for place in wanted if place not in self._bad
+        }
+        self._records.count_saved(size * num_micro - len(wanted))
+        return _StepInFlight(
+            state.next_step, micro_batches, tuple(size - len(members) for members in mine), reads, shared,
+            max(loads) * len(loads) / sum(loads) - 1.0, after,
+        )  # fmt: skip
 
-    def _read_slot(
-        self, stage: StagePlan, slot: Slot, read: dict[tuple[str, int], CacheRecord]
+    def _shared_places(self, slots: Sequence[Slot], spread: list[list[list[int]]], filler: Slot) -> frozenset[Place]:
+        """The records of a step that more than one rank takes."""
+        if not self._is_sharing:
+            return frozenset()
+        if self._has_twins:
+            return frozenset(_place(slot) for slot in slots)
+        ranks: dict[Place, set[int]] = {}
+        for rank, micro_batches in enumerate(spread):
+            for members in micro_batches:
+                for index in members:
+                    ranks.setdefault(_place(slots[index]), set()).add(rank)
+        return frozenset(place for place, takers in ranks.items() if len(takers) > 1 or place == _place(filler))
+
+    def _finish(self, stage: StagePlan, step: _StepInFlight) -> StepBatch:
+        read: dict[Place, RecordBytes] = {}
+        batches = []
+        for members, num_fillers in zip(step.micro_batches, step.num_fillers, strict=True):
+            items = [self._take(stage, step, slot, read) for slot in members]
+            batches.append(self._batch(items, self._planner.num_slots, num_fillers=num_fillers))
+        return StepBatch(step.step, tuple(batches), step.token_imbalance)
+
+    def _take(
+        self, stage: StagePlan, step: _StepInFlight, slot: Slot, read: dict[Place, RecordBytes]
     ) -> tuple[Slot, CacheRecord]:
-        place = (slot.source, slot.record)
+        """The slot's record, or one of the reserve where that is damaged."""
+        place = _place(slot)
         self._num_slots_read += 1
         for attempt in range(_RESERVE_TRIES):
             if place not in read and place not in self._bad:
                 try:
-                    read[place] = self._read_record(*place)
+                    read[place] = self._read(place, step)
                 except CorruptRecordError as error:
                     self._bad[place] = str(error)
                     logger.warning("damaged record %d of this rank, replaced: %s", len(self._bad), error)
             if place in read:
-                record = place[1]
-                return replace(slot, record=record, key=self._cache.rows(slot.source)[record].key), read[place]
+                slot = self._planner.with_record(slot, place[1]) if attempt else slot
+                return slot, self._records.take(read[place], slot.caption)
             if attempt == 0:
                 self._num_slots_replaced += 1
             self._require_few_bad()
@@ -265,11 +363,11 @@ class LatentLoader:
             "damaged; precompute the source again."
         )
 
-    def _read(self, slot: Slot) -> CacheRecord:
-        return self._read_record(slot.source, slot.record)
-
-    def _read_record(self, source: str, record: int) -> CacheRecord:
-        return self._cache.read(self._cache.rows(source)[record])
+    def _read(self, place: Place, step: _StepInFlight) -> RecordBytes:
+        begun = step.reads.get(place)
+        if begun is not None:
+            return begun.result()
+        return self._records.read(*place, is_shared=False)
 
     def _require_few_bad(self) -> None:
         """Stop past the ceiling. One damaged record is let pass: in a small cache it is more than any fraction."""
@@ -278,76 +376,37 @@ class LatentLoader:
                 f"loader: rank {self._rank} met {len(self._bad)} damaged records in {self._num_slots_replaced} of the "
                 f"{self._num_slots_read} slots that it read, more than "
                 f"precompute.max_bad_fraction={self._max_bad_fraction:g}: {sorted(self.bad_records)[:5]}; "
-                f"{self._cache.how_to_redo(self._cache.rows(source)[record].shard for source, record in self._bad)}."
+                f"{self._cache.how_to_redo(self._cache.table(source).shard(record) for source, record in self._bad)}."
             )
 
     def _batch(self, items: list[tuple[Slot, CacheRecord]], num_slots: int, *, num_fillers: int) -> LatentBatch:
         return LatentBatch(
             slots=tuple(slot for slot, _ in items),
             # a causal codec makes a shorter clip a prefix of a longer one
-            latents=tuple(record.latents[:, : slot.unit].contiguous() for slot, record in items),  # c t h w
-            text=tuple(record.text for _, record in items),
-            null_text=self._cache.null_text,
+            latents=tuple(self._handed_out(record.latents[:, : slot.unit]) for slot, record in items),  # c t h w
+            text=tuple(self._text(record.text) for _, record in items),
+            null_text=self._text(self._cache.null_text),
             weights=(1.0,) * (len(items) - num_fillers) + (0.0,) * num_fillers,
             global_num_slots=num_slots,
         )
 
+    def _text(self, text: TextFeatures) -> TextFeatures:
+        return TextFeatures(self._handed_out(text.tokens), self._handed_out(text.pooled))
 
-def _require_fields(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Check that a state has every field of `wanted`, and each cursor its own.
-
-    A cursor that lost a field would else start at that field's default and repeat records.
-
-    Raises:
-        DataError: naming the missing ones.
-    """
-    missing = sorted(wanted.keys() - state.keys())
-    cursor_fields = {field.name for field in fields(Cursor)}
-    for walk, cursor in sorted(state.get("cursors", {}).items()):
-        missing += [f"cursors.{walk}.{name}" for name in sorted(cursor_fields - cursor.keys())]
-    if missing:
-        raise DataError(
-            f"loader: the checkpoint's loader state has no {', '.join(missing)}; it is damaged, or another version of "
-            "the code wrote it. Remove that checkpoint, so that the run goes on from the one before it, go on with the "
-            "version that wrote it, or start a new run folder."
-        )
+    def _handed_out(self, tensor: Tensor) -> Tensor:
+        """Contiguous, and page-locked where a GPU takes it."""
+        if not self._pin_memory:
+            return tensor.contiguous()
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
-class _Prefetcher:
-    """A thread that runs an iterator a few items ahead and hands over its items, or its error."""
+def _place(slot: Slot) -> Place:
+    return slot.source, slot.record
 
-    def __init__(self, items: Iterator[tuple[StepBatch, LoaderState]], num_ahead: int) -> None:
-        self._items = items
-        self._queue: queue.Queue[tuple[StepBatch, LoaderState] | BaseException] = queue.Queue(num_ahead)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="loader-prefetch", daemon=True)
-        self._thread.start()
 
-    def get(self) -> tuple[StepBatch, LoaderState]:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def stop(self) -> None:
-        """End the thread; waits for the read that is under way."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            for item in self._items:
-                if not self._put(item):
-                    return
-        # not swallowed: whatever it is, the consumer's get() raises it
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: tuple[StepBatch, LoaderState] | BaseException) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=_POLL_S)
-                return True
-            except queue.Full:
-                continue
-        return False
+def _num_tokens(slots: Sequence[Slot], micro_batches: Sequence[Sequence[int]], size: int, filler: Slot) -> int:
+    """Tokens of a rank's step."""
+    num_fillers = sum(size - len(members) for members in micro_batches)
+    return (
+        sum(slots[index].num_tokens for members in micro_batches for index in members) + num_fillers * filler.num_tokens
+    )

@@ -2,15 +2,25 @@
 
 A step has S slots in S/G sync groups. The source of a group is drawn by weight from a counter: (seed, step, group)
 alone. A group of a video source shares one record (its members train different units of it); every slot of any other
-group takes a record of its own. The records of a source are walked in a new order each epoch; a cursor says how far.
-So the plan of a step depends on the seed and the cursors, never on a rank, a world size or a call count, and over an
-epoch no record is repeated or skipped.
+group takes a record of its own. The records of a source are walked in a new order each epoch (`permutation.py`: no
+table, so a walk of ten million records begins and resumes like one of ten); a cursor says how far. So the plan of a
+step depends on the seed and the cursors, never on a rank, a world size or a call count, and over an epoch no record is
+repeated or skipped.
 """
 
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.permutation import NUM_ROUNDS, Permutation
+
+ORDER_VERSION = 2
+"""Raised whenever equal settings and cursors come to mean other records, so that no old cursor is taken for a new one.
+
+1: rows sorted by a hash of each; 2: `permutation.py`, captions drawn, the reserve by length."""
 
 Draw = Callable[..., int]
 """Hash of its parts to 63 bits: `m4v_dist.batch.derive_seed`, passed in because its file brings torch."""
@@ -80,7 +90,6 @@ class Mixture:
         self._walks = dict(walks)
         self._num_groups = num_groups
         self._group_size = group_size
-        self._orders: dict[str, tuple[int, list[int]]] = {}
 
     def plan(self, step: int, cursors: Mapping[str, Cursor]) -> tuple[list[Pick], dict[str, Cursor]]:
         """Choose the records of one step.
@@ -93,15 +102,18 @@ class Mixture:
             one pick per slot, in slot order; and the cursors after the step.
         """
         after = dict(cursors)
-        picks: list[Pick] = []
+        taken: list[tuple[str, int, Cursor]] = []
         for group in range(self._num_groups):
             source = self._source_of(step, group)
             walk = self._walks[source]
-            if walk.shares_record:
-                rows = self._take(walk, 1, after) * self._group_size
+            count = 1 if walk.shares_record else self._group_size
+            taken += [(source, group, place) for place in _take(walk, count, after)]
+        picks: list[Pick] = []
+        for (source, group, _), row in zip(taken, self._rows(taken), strict=True):
+            if self._walks[source].shares_record:
+                picks += [Pick(source, row, group, member) for member in range(self._group_size)]
             else:
-                rows = self._take(walk, self._group_size, after)
-            picks += [Pick(source, row, group, member) for member, row in enumerate(rows)]
+                picks.append(Pick(source, row, group, len(picks) % self._group_size))
         return picks, after
 
     def _source_of(self, step: int, group: int) -> str:
@@ -112,26 +124,36 @@ class Mixture:
                 return source
         return source  # the draw rounded up to 1
 
-    def _take(self, walk: Walk, count: int, cursors: dict[str, Cursor]) -> list[int]:
-        """Take the next records of a walk; moves its cursor."""
-        rows = []
-        cursor = cursors.get(walk.name, Cursor())
-        for _ in range(count):
-            if cursor.position == walk.num_rows:
-                cursor = Cursor(cursor.epoch + 1, 0)
-            rows.append(self._order(walk, cursor.epoch)[cursor.position])
-            cursor = Cursor(cursor.epoch, cursor.position + 1)
-        cursors[walk.name] = cursor
+    def _rows(self, taken: Sequence[tuple[str, int, Cursor]]) -> list[int]:
+        """The row at each place; those of one walk and epoch together, since numpy is quick with many."""
+        together: dict[tuple[str, int], list[int]] = {}
+        for number, (source, _, place) in enumerate(taken):
+            together.setdefault((source, place.epoch), []).append(number)
+        rows = [0] * len(taken)
+        for (source, epoch), numbers in together.items():
+            positions = np.array([taken[number][2].position for number in numbers])
+            found = self._order(self._walks[source], epoch).places(positions)
+            for number, row in zip(numbers, found.tolist(), strict=True):
+                rows[number] = row
         return rows
 
-    def _order(self, walk: Walk, epoch: int) -> list[int]:
-        """Order of an epoch: rows sorted by a hash of (seed, walk, epoch, row), equal on every machine."""
-        known = self._orders.get(walk.name)
-        if known is None or known[0] != epoch:
-            keys = [self._draw(self._seed, "order", walk.name, epoch, row) for row in range(walk.num_rows)]
-            known = (epoch, sorted(range(walk.num_rows), key=keys.__getitem__))
-            self._orders[walk.name] = known
-        return known[1]
+    def _order(self, walk: Walk, epoch: int) -> Permutation:
+        """Order of an epoch, equal on every machine."""
+        keys = [self._draw(self._seed, "order", walk.name, epoch, number) for number in range(NUM_ROUNDS)]
+        return Permutation(walk.num_rows, keys)
+
+
+def _take(walk: Walk, count: int, cursors: dict[str, Cursor]) -> list[Cursor]:
+    """Take the next places of a walk, each an epoch and a position in it; moves its cursor."""
+    places = []
+    cursor = cursors.get(walk.name, Cursor())
+    for _ in range(count):
+        if cursor.position == walk.num_rows:
+            cursor = Cursor(cursor.epoch + 1, 0)
+        places.append(cursor)
+        cursor = Cursor(cursor.epoch, cursor.position + 1)
+    cursors[walk.name] = cursor
+    return places
 
 
 def num_micro_batches(num_slots: int, world_size: int, micro_batch_slots: int) -> int:

@@ -20,9 +20,11 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.cache_census import with_counts
+from data_pipeline.cache_manifest import NULL_PROMPT, index_path, read_manifest
 from data_pipeline.cache_writer import write_manifest
 from data_pipeline.duplicate_keys import quarantine_duplicates
-from data_pipeline.latent_cache import NULL_PROMPT, index_path, read_manifest
+from data_pipeline.index_table import INDEX
+from data_pipeline.latent_cache import is_index_sound
 from data_pipeline.manifest import read_index
 from data_pipeline.precompute_plan import (
     PrecomputePlan,
@@ -96,6 +98,8 @@ def run_precompute(
     _remove_leftovers(cache)
     done_now: dict[str, ShardOutcome] = {}
     if pending:
+        # derived, and merged anew at the end: until then no reader takes it for what is being done
+        storage.remove(storage.join(cache, INDEX))
         with ray_session():
             done_now = (run_shards or run_on_ray)(plan, pending)
         _remove_leftovers(cache)
@@ -109,7 +113,7 @@ def run_precompute(
 def _is_finished(cache: str, manifest: Mapping[str, Any], committed: Mapping[str, ShardOutcome]) -> bool:
     """Whether all that stands beside the shards is there and of these shards, no more and no fewer."""
     beside = all(storage.exists(storage.join(cache, name)) for name in (NULL_PROMPT, "report.json"))
-    return beside and manifest["fragments"] == sorted(committed)
+    return beside and manifest["fragments"] == sorted(committed) and is_index_sound(cache, manifest)
 
 
 def _remove_leftovers(cache: str) -> None:

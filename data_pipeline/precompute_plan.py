@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_pipeline.cache_manifest import FORMAT_VERSION, index_path, read_manifest, require_fingerprint, shard_path
 from data_pipeline.decode import DecodeRule
 from data_pipeline.decoder_pool import require_decord
-from data_pipeline.latent_cache import FORMAT_VERSION, index_path, read_manifest, require_fingerprint, shard_path
 from data_pipeline.manifest import list_shards, read_index
 from data_pipeline.pack import count_records
 from data_pipeline.shard_keys import first_key, require_keys_of_their_own

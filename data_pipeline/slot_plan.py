@@ -4,13 +4,16 @@ Every rank makes the whole plan. It follows from (seed, step, slot) and the curs
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from data_pipeline.index_table import RecordTable
 from data_pipeline.latent_cache import LatentCache
-from data_pipeline.manifest import IndexRow
-from data_pipeline.mixture import Cursor, Mixture, Pick, Walk
+from data_pipeline.loader_state import LoaderState
+from data_pipeline.mixture import Mixture, Pick, Walk
+from data_pipeline.reserve import Positions, Reserve
 from m4v_dist.batch import Slot, derive_seed
 from m4v_dist.config.data_settings import BucketSettings, SourceSettings
 from m4v_dist.config.training_settings import CurriculumStageSettings, ObjectiveSettings
@@ -23,35 +26,20 @@ NumSegmentTokens = Callable[[int, int, int, tuple[int, int], int], int]
 
 
 @dataclass(frozen=True)
-class LoaderState:
-    """Where the loader stands after the last step that was handed out.
-
-    Args:
-        next_step: the step that comes next.
-        cursors: per walk.
-        samples_seen: slots per source.
-        tokens_seen: tokens per source, as the records would have without a pyramid.
-    """
-
-    next_step: int = 0
-    cursors: Mapping[str, Cursor] = field(default_factory=dict)
-    samples_seen: Mapping[str, int] = field(default_factory=dict)
-    tokens_seen: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class StagePlan:
     """A curriculum stage with the rows that it may take.
 
     Args:
         settings: the stage.
         mixture: chooses rows.
-        allowed: per source, positions in the cache's rows, in order.
+        allowed: per source, positions in the cache's table, ascending.
+        reserves: per source, made when a record is first found damaged; see `SlotPlanner.reserve`.
     """
 
     settings: CurriculumStageSettings
     mixture: Mixture
-    allowed: Mapping[str, list[int]]
+    allowed: Mapping[str, Positions]
+    reserves: dict[str, Reserve] = field(default_factory=dict)
 
 
 class SlotPlanner:
@@ -156,21 +144,23 @@ class SlotPlanner:
 
     def reserve(self, stage: StagePlan, slot: Slot, attempt: int) -> int:
         """A record that may stand in for a slot's: same source and bucket, long enough; the same for a whole group."""
-        rows = self.cache.rows(slot.source)
-        wanted = rows[slot.record]
-        fitting = [
-            record
-            for record in stage.allowed[slot.source]
-            if (rows[record].height_px, rows[record].width_px) == (wanted.height_px, wanted.width_px)
-            and rows[record].num_latents >= min(wanted.num_latents, stage.settings.num_latents)
-        ]
+        reserve = stage.reserves.get(slot.source)
+        if reserve is None:
+            reserve = Reserve(self.cache.table(slot.source), stage.allowed[slot.source], stage.settings.buckets)
+            stage.reserves[slot.source] = reserve
+        fitting = reserve.fitting(slot.record, stage.settings.num_latents)
         shared = self._shares_record(slot.source, stage.settings)
         stream = f"group {slot.index // self._group_size}" if shared else f"slot {slot.index}"
-        return fitting[derive_seed(self._seed, "reserve", slot.step, stream, attempt) % len(fitting)]
+        return int(fitting[derive_seed(self._seed, "reserve", slot.step, stream, attempt) % len(fitting)])
+
+    def with_record(self, slot: Slot, record: int) -> Slot:
+        """The slot with another record, and the caption that its draw gives there; its tokens stay as planned."""
+        table = self.cache.table(slot.source)
+        return replace(slot, record=record, key=table.key(record), caption=_caption(table, record, slot.seed))
 
     def _slot(self, stage: StagePlan, step: int, index: int, pick: Pick) -> Slot:
-        record = stage.allowed[pick.source][pick.row]
-        num_units = min(self.cache.rows(pick.source)[record].num_latents, stage.settings.num_latents)
+        record = int(stage.allowed[pick.source][pick.row])
+        num_units = min(int(self.cache.table(pick.source).num_latents[record]), stage.settings.num_latents)
         columns = self._objective.pyramid_stage_columns
         # counted over the whole run: a step with fewer groups than columns would else never reach the last ones
         if self._shares_record(pick.source, stage.settings):
@@ -188,21 +178,23 @@ class SlotPlanner:
     def _make_slot(
         self, step: int, index: int, source: str, record: int, *, unit: int, pyramid_stage: int, seed: int
     ) -> Slot:
-        row = self.cache.rows(source)[record]
-        height, width = grid = self._grid(row.height_px, row.width_px)
+        table = self.cache.table(source)
+        caption = _caption(table, record, seed)
+        height, width = grid = self._grid(int(table.height_px[record]), int(table.width_px[record]))
         visual = self._num_segment_tokens(
             unit, pyramid_stage, self._objective.num_pyramid_stages, grid, self._patch_size
         )
         return Slot(
-            step=step, index=index, source=source, record=record, key=row.key, unit=unit, pyramid_stage=pyramid_stage,
-            seed=seed, num_tokens=visual + row.num_text_tokens[0],
+            step=step, index=index, source=source, record=record, key=table.key(record), unit=unit,
+            pyramid_stage=pyramid_stage, seed=seed, caption=caption,
+            num_tokens=visual + table.num_text_tokens(record)[caption],
             num_full_tokens=unit * (height // self._patch_size) * (width // self._patch_size),
         )  # fmt: skip
 
     def _held_out_pool(self, stage: CurriculumStageSettings, num_slots: int) -> list[tuple[str, int]]:
         """Held-out records as (source, position), the sources taking turns."""
         names = [source.name for source in self._sources.values() if source.split == "held_out"]
-        columns = [[(name, record) for record in self._rows_in(name, stage.buckets)] for name in names]
+        columns = [[(name, record) for record in self._rows_in(name, stage.buckets).tolist()] for name in names]
         longest = max((len(column) for column in columns), default=0)
         pool = [column[place] for place in range(longest) for column in columns if place < len(column)]
         if not pool:
@@ -216,16 +208,19 @@ class SlotPlanner:
     def _held_out_slot(self, index: int, pool: list[tuple[str, int]], stage: CurriculumStageSettings) -> Slot:
         turn, pyramid_stage = divmod(index, self._objective.num_pyramid_stages)
         source, record = pool[turn % len(pool)]
-        num_units = min(self.cache.rows(source)[record].num_latents, stage.num_latents)
+        num_units = min(int(self.cache.table(source).num_latents[record]), stage.num_latents)
         # from the last unit down; the shift gives a record another unit once all pairs have come round
         unit = num_units - (turn + turn // math.lcm(len(pool), num_units)) % num_units
         seed = derive_seed("held_out", index)
         return self._make_slot(0, index, source, record, unit=unit, pyramid_stage=pyramid_stage, seed=seed)
 
-    def _rows_in(self, source: str, buckets: Sequence[BucketSettings]) -> list[int]:
-        sizes = {(bucket.height_px, bucket.width_px) for bucket in buckets}
-        rows = self.cache.rows(source)
-        return [position for position, row in enumerate(rows) if (row.height_px, row.width_px) in sizes]
+    def _rows_in(self, source: str, buckets: Sequence[BucketSettings]) -> Positions:
+        table = self.cache.table(source)
+        chosen = np.zeros(len(table), dtype=bool)
+        for bucket in buckets:
+            chosen |= (table.height_px == bucket.height_px) & (table.width_px == bucket.width_px)
+        # half the memory of numpy's own
+        return np.flatnonzero(chosen).astype(np.int32)
 
     def _shares_record(self, source: str, stage: CurriculumStageSettings) -> bool:
         """Sync groups share a record where it has several units to train; an image has one."""
@@ -253,8 +248,10 @@ class SlotPlanner:
         """What to say of sources without a record in these buckets: where they have some, and the ways out."""
         found = []
         for source in sources:
-            counts = Counter(_size_name(row) for row in self.cache.rows(source))
-            sizes = ", ".join(f"{size} ({count} records)" for size, count in sorted(counts.items()))
+            table = self.cache.table(source)
+            found_sizes, counts = np.unique(np.stack([table.height_px, table.width_px]), axis=1, return_counts=True)
+            named = [f"{height}x{width}" for height, width in found_sizes.T.tolist()]
+            sizes = ", ".join(f"{size} ({count} records)" for size, count in sorted(zip(named, counts, strict=True)))
             found.append(f"{source!r} is there in {sizes or 'no bucket at all'}")
         missing = ", ".join(_names(buckets))
         return (
@@ -280,5 +277,19 @@ def _names(buckets: Sequence[BucketSettings]) -> list[str]:
     return sorted(_size_name(bucket) for bucket in buckets)
 
 
-def _size_name(sized: BucketSettings | IndexRow) -> str:
-    return f"{sized.height_px}x{sized.width_px}"
+def _size_name(bucket: BucketSettings) -> str:
+    return f"{bucket.height_px}x{bucket.width_px}"
+
+
+def _caption(table: RecordTable, record: int, seed: int) -> int:
+    """The caption that a slot takes of a record, drawn by weight from the slot's seed."""
+    weights = table.caption_weights(record)
+    if len(weights) == 1:
+        return 0
+    threshold = derive_seed(seed, "caption") / 2.0**63 * sum(weights)
+    for number, weight in enumerate(weights):
+        threshold -= weight
+        if threshold < 0:
+            return number
+    # the draw rounded up to 1: the last one that has a weight
+    return max(number for number, weight in enumerate(weights) if weight)

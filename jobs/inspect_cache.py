@@ -27,8 +27,9 @@ from tqdm import tqdm
 from data_pipeline.cache_census import count_by_bucket, distributions
 from data_pipeline.cache_check import CheckReport, check_cache
 from data_pipeline.cache_drop import drop_records, plan_drop
+from data_pipeline.cache_manifest import how_to_redo, require_manifest
 from data_pipeline.cache_record import CorruptRecordError
-from data_pipeline.latent_cache import LatentCache, how_to_redo, require_manifest
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import IndexRow
 from data_pipeline.record_list import parse_name, read_record_list, write_listed
 from jobs import cli

@@ -9,8 +9,9 @@ from functools import lru_cache
 
 from data_pipeline.assumed_cache import assumed_cache
 from data_pipeline.latent_cache import LatentCache
+from data_pipeline.loader_state import LoaderState
 from data_pipeline.mixture import spread_slots
-from data_pipeline.slot_plan import LoaderState, SlotPlanner
+from data_pipeline.slot_plan import SlotPlanner
 from m4v_dist.batch import Slot
 from m4v_dist.bench.flops_tables import config_columns
 from m4v_dist.bench.training_plan import PlannedStage
@@ -71,8 +72,10 @@ def planned_stages(config: RunConfig, cache: LatentCache) -> list[PlannedStage]:
 
     def column_of(slot: Slot) -> ColumnShape:
         """What the objective will make of a slot; thousands a step are of few shapes."""
-        row = cache.rows(slot.source)[slot.record]
-        return column(row.height_px, row.width_px, row.num_text_tokens[0], slot.unit, slot.pyramid_stage)
+        table, record = cache.table(slot.source), slot.record
+        num_text = table.num_text_tokens(record)[slot.caption]
+        size = int(table.height_px[record]), int(table.width_px[record])
+        return column(*size, num_text, slot.unit, slot.pyramid_stage)
 
     return [
         PlannedStage(stage.settings, stage.start, _planned_steps(planner, stage, column_of), spread_slots, ranks)

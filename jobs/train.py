@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_pipeline.host_files import SharedReads
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.loader import LatentLoader
 from jobs import cli, plan
@@ -181,7 +182,7 @@ def train_on_rank(task: dict[str, Any], stop_requests: Callable[[], Sequence[Sto
         ),
         fill_start=fill_start,
         objective=PyramidFlowMatching(config.objective, normalization.normalize, mesh.device),
-        loader=build_loader(config, cache, mesh.data_rank, mesh.data_size),
+        loader=build_loader(config, cache, mesh.data_rank, mesh.data_size, pin_memory=mesh.device.type == "cuda"),
         stop_requests=stop_requests,
         holder=task.get("holder"),
         batch_flops=flops_of_batches(config),
@@ -199,13 +200,22 @@ def report_rank_failure(task: dict[str, Any], silent_ranks: list[int]) -> str | 
     return report_failure(config_from_json(task["config"]).run.folder, silent_ranks)
 
 
-def build_loader(config: RunConfig, cache: LatentCache, rank: int, world_size: int) -> LatentLoader:
+def build_loader(
+    config: RunConfig, cache: LatentCache, rank: int, world_size: int, *, pin_memory: bool = False
+) -> LatentLoader:
     """The loader of one data-parallel rank; its sequence ranks have equal ones."""
+    share_mib = config.trainer.share_reads_mib
+    if share_mib is None:
+        share_mib = 1024 if storage.is_remote(cache.path) else 0
     return LatentLoader(
         plan.build_planner(config, cache),
         rank=rank,
         world_size=world_size,
         prefetch_steps=config.trainer.prefetch_steps,
+        reads_in_flight=config.trainer.reads_in_flight,
+        shared=SharedReads(share_mib << 20) if share_mib else None,
+        has_twins=config.launch.sequence_parallel > 1,
+        pin_memory=pin_memory,
         held_out_slots=config.trainer.held_out_slots,
         max_bad_fraction=config.precompute.max_bad_fraction,
     )
@@ -306,12 +316,14 @@ def _require_short_texts(config: RunConfig, cache: LatentCache) -> None:
     The encoder's own are never longer. What the index says is what a record must hold (`LatentCache.read`).
     """
     limit = config.text_encoder.max_tokens
-    rows = [row for source in config.sources for row in cache.rows(source.name) if max(row.num_text_tokens) > limit]
-    if rows:
+    tables = [cache.table(source.name) for source in config.sources]
+    found = [(table, record) for table in tables for record in table.longer_than(limit).tolist()]
+    if found:
+        table, record = found[0]
         raise DataError(
-            f"{cache.path}: {len(rows)} records have more text tokens than text_encoder.max_tokens={limit}, the first "
-            f"is {rows[0].source}/{rows[0].key} with {max(rows[0].num_text_tokens)}; another program wrote them: "
-            f"{cache.how_to_redo(row.shard for row in rows)}."
+            f"{cache.path}: {len(found)} records have more text tokens than text_encoder.max_tokens={limit}, the first "
+            f"is {table.source}/{table.key(record)} with {max(table.num_text_tokens(record))}; another program wrote "
+            f"them: {cache.how_to_redo(table.shard(record) for table, record in found)}."
         )
 
 

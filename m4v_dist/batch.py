@@ -30,6 +30,13 @@ def slot_generator(seed: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(seed)
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return float32 on `device`, made there: what is page-locked goes over as stored, and nobody waits for it."""
+    # to a CPU it would be handed out before it is there
+    is_asynchronous = torch.device(device).type != "cpu"
+    return tensor.to(device, non_blocking=is_asynchronous).to(torch.float32)
+
+
 @dataclass(frozen=True)
 class TextFeatures:
     """Text of one prompt without padding.
@@ -43,8 +50,8 @@ class TextFeatures:
     pooled: Tensor
 
     def to(self, device: torch.device | str) -> "TextFeatures":
-        """Return the features as float32 on `device`."""
-        return TextFeatures(self.tokens.to(device, torch.float32), self.pooled.to(device, torch.float32))
+        """Return the features as float32 on `device`; see `to_device`."""
+        return TextFeatures(to_device(self.tokens, device), to_device(self.pooled, device))
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,10 @@ class Slot:
         key: the record's key.
         unit: 1-based number of the latent that is noised; the `unit - 1` latents before it are history.
         pyramid_stage: 0 (coarsest) .. K-1 (full size).
-        seed: 63-bit seed of all draws of this slot (timestep, noise, history noise, text drop).
+        seed: 63-bit seed of all draws of this slot (timestep, noise, history noise, text drop, caption).
         num_tokens: estimated tokens of the packed segment, used to balance micro-batches.
         num_full_tokens: the same for the record without a pyramid, used to count tokens seen.
+        caption: which of the record's captions it trains on, drawn by their weights.
     """
 
     step: int
@@ -74,6 +82,7 @@ class Slot:
     seed: int
     num_tokens: int
     num_full_tokens: int
+    caption: int = 0
 
 
 @dataclass(frozen=True)

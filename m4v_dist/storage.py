@@ -135,6 +135,27 @@ def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
     return data
 
 
+def read_into(path: str, offset: int, buffer: memoryview) -> None:
+    """Fill a writable buffer of bytes from `offset`: as `read_bytes`, without a copy from a local file.
+
+    Raises:
+        EOFError: the file holds fewer bytes than were asked for.
+    """
+    if is_remote(path):
+        buffer[:] = read_bytes(path, offset, len(buffer))
+        return
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < len(buffer):
+            count = file.readinto(buffer[done:])
+            if not count:
+                raise EOFError(
+                    f"{path}: asked for {len(buffer)} bytes at offset {offset}, got {done}; the file is cut short."
+                )
+            done += count
+
+
 def write_bytes(path: str, data: bytes) -> None:
     """Write a whole file so that readers see all of it or nothing.
 

@@ -4,7 +4,7 @@ The only file that imports safetensors. Where the bytes lie is `storage.py`'s.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,35 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
 def tensors_from_bytes(data: bytes) -> dict[str, Tensor]:
     """Read safetensors bytes."""
     return _load_tensor_bytes(data)
+
+
+def tensor_views(data: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of safetensors bytes that lie in memory already: views, nothing is copied.
+
+    Args:
+        data: n, uint8, on the CPU: a whole safetensors file. Tensors that do not start at a multiple of their element's
+            size in its storage are copied.
+        names: those that are wanted; None: all.
+
+    Raises:
+        ValueError: it is none, or is cut short.
+        KeyError: it holds no tensor of such a name.
+    """
+    length = int.from_bytes(data[:8].numpy().tobytes(), "little")
+    try:
+        header = json.loads(data[8 : 8 + length].numpy().tobytes())
+        found = {}
+        for name in header.keys() - {"__metadata__"} if names is None else names:
+            entry = header[name]
+            start, stop = (8 + length + int(end) for end in entry["data_offsets"])
+            dtype = getattr(torch, _TENSOR_DTYPES[entry["dtype"]])
+            part = data[start:stop]
+            if part.storage_offset() % dtype.itemsize:
+                part = part.clone()
+            found[name] = part.view(dtype).view(entry["shape"])
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{len(data)} bytes are no safetensors file, or a cut one ({error}).") from error
+    return found
 
 
 def write_tensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -162,6 +162,15 @@ class TrainerSettings(Settings):
         default=1, description="CPU threads of torch in a training worker, and in jobs.sample."
     )
     prefetch_steps: int = Field(default=2, ge=0, description="Steps that the loader reads ahead.")
+    reads_in_flight: PositiveInt = Field(
+        default=4, le=256, description="Records that a rank reads at the same time; more pay for an object store."
+    )
+    share_reads_mib: int | None = Field(
+        default=None,
+        ge=0,
+        description="MiB of a host's memory in which its ranks find what another has read, where several take one "
+        "record in a step; 0: each reads for itself; None: 1024 for a cache on s3://, else 0.",
+    )
 
 
 class LaunchSettings(Settings):

@@ -24,7 +24,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from m4v_dist.batch import Column, LatentBatch, ModelInput, Slot, TextFeatures, slot_generator
+from m4v_dist.batch import Column, LatentBatch, ModelInput, Slot, TextFeatures, slot_generator, to_device
 from m4v_dist.config.training_settings import ObjectiveSettings
 from m4v_dist.objective.history import add_history_noise, history_clips, history_noise_ceiling, to_level
 from m4v_dist.objective.pyramid_schedule import PyramidSchedule, downsample, downsample_noise, upsample
@@ -243,7 +243,7 @@ class PyramidFlowMatching:
                 f"but its latents are {tuple(raw_latents.shape)}; give c t h w cut to t = unit."
             )
         device = raw_latents.device if self.device is None else self.device
-        latents = self.normalize(raw_latents.to(device, torch.float32))
+        latents = self.normalize(to_device(raw_latents, device))
         history, clean = latents[:, :-1], latents[:, -1:]
         clips, levels = history_clips(history, slot.pyramid_stage, self.schedule.num_stages)
         draws = draw_slot(slot.seed, clean.shape, [clip.shape for clip in clips], device)

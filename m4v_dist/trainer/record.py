@@ -81,6 +81,7 @@ class Record:
             row = train_row(sums, norm=norm, step_s=step_s, data_s=data_s, peak_tflops=self._peak_tflops)
             row |= {f"data/{name}/samples_seen": loader.samples_seen.get(name, 0) for name in self._sources}
             row |= {f"data/{name}/tokens_seen": loader.tokens_seen.get(name, 0) for name in self._sources}
+            row |= {f"data/{name}": value for name, value in loader.reads.items()}
             self.write("train", step, {**facts, **row})
         return step_s
 

@@ -47,6 +47,8 @@ FREE_KEYS = (
     "trainer.stall_abort_s",
     "trainer.num_threads",
     "trainer.prefetch_steps",
+    "trainer.reads_in_flight",
+    "trainer.share_reads_mib",
 )
 
 

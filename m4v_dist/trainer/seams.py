@@ -90,3 +90,8 @@ class Loader(Protocol):
     def num_bad_records(self) -> int:
         """Damaged records that this rank has met and replaced since it began."""
         ...
+
+    @property
+    def reads(self) -> Mapping[str, float]:
+        """What this rank has read since it began, and how evenly the tokens of its last step lie, by name."""
+        ...

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from data_pipeline.cache_manifest import FORMAT_VERSION, NULL_PROMPT
 from data_pipeline.cache_writer import CacheShardWriter, write_manifest
-from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT
 from data_pipeline.manifest import IndexRow
 from m4v_dist.batch import TextFeatures
 
@@ -20,7 +20,10 @@ FINGERPRINT = {
 
 @dataclass(frozen=True)
 class MadeSource:
-    """A source to make up: its records all have `num_latents` latents of a size x size px bucket."""
+    """A source to make up: its records all have `num_latents` latents of a size x size px bucket.
+
+    Caption k of a record has weight k + 1, and k more tokens than the first; its tokens hold k + 1.
+    """
 
     name: str
     media: str
@@ -28,6 +31,7 @@ class MadeSource:
     num_latents: int
     size_px: int = 64
     split: str = "train"
+    num_captions: int = 1
 
 
 def record_value(source: str, position: int) -> float:
@@ -43,8 +47,12 @@ def make_cache(folder: str, sources: list[MadeSource]) -> str:
             side = source.size_px // 8
             latents = torch.full((4, source.num_latents, side, side), record_value(source.name, position))
             latents += torch.arange(source.num_latents)[:, None, None]
-            text = TextFeatures(torch.ones(3 + position % 2, 6), torch.ones(6))
-            writer.add(made_row(source, position), latents.bfloat16(), [text])
+            row = made_row(source, position)
+            texts = [
+                TextFeatures(torch.full((num_tokens, 6), float(k + 1)), torch.full((6,), float(k + 1)))
+                for k, num_tokens in enumerate(row.num_text_tokens)
+            ]
+            writer.add(row, latents.bfloat16(), texts)
         writer.commit({"fingerprint": "made"})
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -62,10 +70,12 @@ def make_cache(folder: str, sources: list[MadeSource]) -> str:
 def made_row(source: MadeSource, position: int) -> IndexRow:
     """An index row before it is placed in a shard."""
     num_frames = 8 * (source.num_latents - 1) + 1
+    captions = range(source.num_captions)
     return IndexRow(
         key=f"{source.name}{position:03d}", source=source.name, media=source.media, shard="",
         height_px=source.size_px, width_px=source.size_px, num_frames=num_frames, num_latents=source.num_latents,
-        fps=24.0, captions=(f"caption {position}",), caption_weights=(1.0,), num_text_tokens=(3 + position % 2,),
+        fps=24.0, captions=tuple(f"caption {position}" + ", again" * k for k in captions),
+        caption_weights=tuple(k + 1.0 for k in captions), num_text_tokens=tuple(3 + position % 2 + k for k in captions),
         offset_bytes=0, size_bytes=0,
         checksum="", source_height_px=90, source_width_px=120, source_num_frames=num_frames, source_fps=24.0,
     )  # fmt: skip

@@ -10,8 +10,9 @@ import pytest
 
 from data_pipeline.cache_check import check_cache
 from data_pipeline.cache_drop import drop_records, plan_drop
+from data_pipeline.cache_manifest import index_path
 from data_pipeline.captions import Caption
-from data_pipeline.latent_cache import LatentCache, index_path
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import read_index
 from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.precompute_plan import PrecomputePlan

@@ -10,8 +10,8 @@ import torch
 import webdataset
 
 from data_pipeline.cache_check import CheckReport, check_cache
+from data_pipeline.cache_manifest import index_path
 from data_pipeline.cache_writer import CacheShardWriter
-from data_pipeline.latent_cache import index_path
 from data_pipeline.manifest import read_index, write_index
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
@@ -116,6 +116,13 @@ def test_a_missing_and_a_garbled_fragment_are_told_and_the_rest_is_checked(folde
     assert "img.parquet: this index fragment is missing" in check(folder).problems[0]
 
 
+def test_a_merged_index_of_other_fragments_is_told(folder: str) -> None:
+    rows, notes = read_index(index_path(folder, "img"))
+    write_index(index_path(folder, "img"), rows, notes | {"more": "notes, so that its size differs"})
+    (problem,) = check(folder).problems
+    assert "index.arrow: is not made of these fragments" in problem
+
+
 def test_files_that_nothing_names_are_told_and_are_no_damage(folder: str) -> None:
     shutil.copy(f"{folder}/shards/vid.tar", f"{folder}/shards/old.tar")
     shutil.copy(f"{folder}/index/vid.parquet", f"{folder}/index/new.parquet")
@@ -144,7 +151,7 @@ def test_a_key_in_two_shards_of_a_source_is_told(folder: str) -> None:
     writer.commit({"fingerprint": "made"})
     manifest = storage.read_json(f"{folder}/manifest.json")
     storage.write_json(f"{folder}/manifest.json", manifest | {"fragments": ["img", "vid", "vid2"]})
-    assert check(folder).problems == ["vid/vid002 stands twice, in shard vid and in shard vid2"]
+    assert check(folder).problems[0] == "vid/vid002 stands twice, in shard vid and in shard vid2"
 
 
 def test_a_manifest_with_other_counts_than_the_index_is_told(folder: str) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from data_pipeline.cache_check import check_cache
 from data_pipeline.cache_drop import drop_records, plan_drop
-from data_pipeline.latent_cache import LatentCache, index_path
+from data_pipeline.cache_manifest import index_path
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import read_index
 from data_pipeline.record_list import ListedRecord, RecordName, read_record_list, write_listed
 from m4v_dist import storage

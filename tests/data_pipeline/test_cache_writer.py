@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.cache_manifest import index_path, shard_path
 from data_pipeline.cache_writer import CacheShardWriter
 from data_pipeline.captions import Caption
-from data_pipeline.latent_cache import LatentCache, index_path, shard_path
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import read_index, write_index
 from data_pipeline.pack import RawClip, write_shards
 from m4v_dist import storage

@@ -11,9 +11,10 @@ import pytest
 import torch
 import webdataset
 
+from data_pipeline.cache_manifest import index_path
 from data_pipeline.cache_record import CorruptRecordError
 from data_pipeline.cache_writer import CacheShardWriter
-from data_pipeline.latent_cache import LatentCache, index_path
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import read_index, write_index
 from m4v_dist import storage, tensor_files
 from m4v_dist.batch import TextFeatures
@@ -50,7 +51,7 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         make_cache(str(tmp_path / name), SOURCES)
         files.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.*")})
-    assert len(files[0]) == 6 and files[0] == files[1]
+    assert len(files[0]) == 7 and files[0] == files[1]
 
 
 def test_an_index_row_places_its_record_in_the_tar(tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_a_record_gives_the_caption_that_is_asked_for(tmp_path: Path) -> None:
         next(iter(webdataset.WebDataset(f"{folder}/shards/vid.tar", shardshuffle=False)))["text.safetensors"]
     )
     assert sorted(tensors) == ["pooled.0", "pooled.1", "pooled.2", "tokens.0", "tokens.1", "tokens.2"]
-    write_index(index_path(folder, "vid"), [replace(found, captions=("a", "b"))], {})
+    write_index(index_path(folder, "vid"), [replace(found, captions=("a", "b"), num_text_tokens=(3, 5))], {})
     cache = LatentCache.open(folder, FINGERPRINT)
     with pytest.raises(DataError, match="vid/vid000 .* holds 3 captions, but the index says 2; remove .*vid.parquet"):
         cache.read(cache.rows("vid")[0])

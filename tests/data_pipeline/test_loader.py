@@ -161,7 +161,9 @@ def test_a_sync_group_shares_one_video_and_trains_its_units(cache_folder: str) -
     assert all(sorted(slot.unit for slot in group) == [1, 2, 3, 4] for group in videos)
     assert all(len({slot.pyramid_stage for slot in group}) == 1 for group in videos)
     assert {group[0].pyramid_stage for group in videos} == {0, 1, 2}
-    assert all(len({slot.record for slot in group}) == 4 for group in groups if group[0].source == "img")
+    images = [{slot.record for slot in group} for group in groups if group[0].source == "img"]
+    # where an epoch ends inside a group, the next one may begin with one of its records
+    assert all(len(records) >= 3 for records in images) and any(len(records) == 4 for records in images)
     assert len({slot.seed for slot in slots}) == len(slots)
 
 
@@ -207,6 +209,29 @@ def test_micro_batches_of_a_step_have_about_equal_tokens(cache_folder: str) -> N
         loads = [sum(slot.num_tokens for slot in micro.slots) for micro in batch.micro_batches]
         heaviest = max(slot.num_tokens for micro in batch.micro_batches for slot in micro.slots)
         assert max(loads) - min(loads) <= heaviest
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_the_imbalance_of_tokens_over_ranks_is_reported_by_each(cache_folder: str, world_size: int) -> None:
+    loaders = [enter_video_stage(make_loader(cache_folder, rank, world_size)) for rank in range(world_size)]
+    batches = [take(loader, 5) for loader in loaders]
+    for step in zip(*batches, strict=True):
+        loads = [sum(slot.num_tokens for slot in slots_of([batch])) for batch in step]
+        expected = max(loads) / (sum(loads) / world_size) - 1
+        assert all(batch.token_imbalance == pytest.approx(expected) for batch in step)
+    assert all(loader.reads["token_imbalance"] == pytest.approx(expected) for loader in loaders)
+    assert (expected == 0) == (world_size == 1)
+
+
+def test_reads_are_counted_once_for_a_group(cache_folder: str) -> None:
+    loader = enter_video_stage(make_loader(cache_folder, prefetch_steps=0))
+    slots = slots_of(take(loader, 6))
+    distinct = {(slot.step, slot.source, slot.record) for slot in slots}
+    reads = loader.reads
+    assert reads["num_reads"] == len(distinct) and reads["num_saved"] == len(slots) - len(distinct) > 0
+    table = loader._cache.table
+    assert reads["read_bytes"] == sum(table(source).place(record).size_bytes for _, source, record in distinct)
+    assert reads["num_reread"] == 0 and reads["wait_s"] > 0
 
 
 @pytest.mark.parametrize(("world_size", "size", "expected"), [(11, 1, 3), (3, 2, 4), (5, 2, 2)])
@@ -348,6 +373,17 @@ def test_a_state_of_another_order_is_refused(cache_folder: str) -> None:
         make_loader(cache_folder).enter(0, 3)
 
 
+@pytest.mark.parametrize("before", [{}, {"order_version": 1}, {"order_version": 3}])
+def test_a_state_of_another_order_of_records_is_refused_and_not_reordered(
+    cache_folder: str, before: dict[str, int]
+) -> None:
+    state = make_loader(cache_folder).state_dict()
+    del state["order_version"]
+    version = before.get("order_version", 1)
+    with pytest.raises(DataError, match=f"of order version {version}, this code walks .* order 2; .*new run folder"):
+        make_loader(cache_folder).load_state_dict(state | before)
+
+
 @pytest.mark.parametrize("name", ["index", "seed", "sync_group", "next_step", "cursors", "tokens_seen"])
 def test_a_state_without_a_field_is_refused_by_its_name(cache_folder: str, name: str) -> None:
     state = make_loader(cache_folder).state_dict()
@@ -376,7 +412,7 @@ def test_a_store_that_cannot_be_asked_is_no_damaged_record(
     loader = make_loader(cache_folder, prefetch_steps=prefetch_steps)
     loader.enter(0, 0)
     with monkeypatch.context() as patched:
-        patched.setattr(storage, "read_bytes", unreachable)
+        patched.setattr(storage, "read_into", unreachable)
         with pytest.raises(StoreError, match="EndpointConnectionError"):
             take(loader, 1)
         with pytest.raises(StoreError, match="EndpointConnectionError"):

@@ -62,6 +62,32 @@ def test_a_shared_walk_moves_once_a_group_and_another_once_a_slot() -> None:
     assert cursors == {"img@x": Cursor(1, 5)}
 
 
+def test_weights_that_change_let_each_walk_go_on_where_it_stood() -> None:
+    """As between two curriculum stages: an epoch of each source holds each record once, across the change."""
+    cursors: dict[str, Cursor] = {}
+    rows: dict[str, list[int]] = {"vid": [], "img": []}
+    for step in range(24):
+        weights = {"vid": 5.0, "img": 1.0} if step < 11 else {"vid": 1.0, "img": 2.0}
+        picks, cursors = make_mixture(weights).plan(step, cursors)
+        rows["vid"] += [pick.row for pick in picks if pick.source == "vid" and pick.member == 0]
+        rows["img"] += [pick.row for pick in picks if pick.source == "img"]
+    for source, taken in rows.items():
+        size = WALKS[source].num_rows
+        epochs = [taken[at : at + size] for at in range(0, len(taken) - size, size)]
+        assert len(epochs) > 2 and all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_a_step_of_ten_million_records_needs_no_table() -> None:
+    """Positions are asked for alone: no part of a plan grows with the number of records."""
+    walk = Walk("vid@x", 10_000_000, False)
+    mixture = Mixture(1, derive_seed, weights={"vid": 1.0}, walks={"vid": walk}, num_groups=4, group_size=3)
+    picks, cursors = mixture.plan(0, {"vid@x": Cursor(3, 9_999_995)})
+    assert cursors == {"vid@x": Cursor(4, 7)}
+    assert len({pick.row for pick in picks[:5]}) == 5 and all(0 <= pick.row < 10_000_000 for pick in picks)
+    assert not [value for value in vars(mixture).values() if isinstance(value, list | dict) and len(value) > 3]
+
+
 def test_another_seed_gives_another_order() -> None:
     rows = [[pick.row for pick in make_mixture({"img": 1.0}, seed).plan(0, {})[0]] for seed in (1, 2)]
     assert rows[0] != rows[1]

@@ -8,10 +8,11 @@ import torch
 
 from data_pipeline.cache_check import check_cache
 from data_pipeline.cache_drop import drop_records, plan_drop
+from data_pipeline.cache_manifest import index_path
 from data_pipeline.cache_record import CorruptRecordError
 from data_pipeline.cache_writer import CacheShardWriter
 from data_pipeline.captions import Caption
-from data_pipeline.latent_cache import LatentCache, index_path
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.media_list import list_media, read_annotations, read_media
 from data_pipeline.pack import RawClip, read_shard, write_shards
 from data_pipeline.precompute_plan import PrecomputePlan

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from data_pipeline import pack
+from data_pipeline.cache_manifest import shard_path
 from data_pipeline.captions import Caption
-from data_pipeline.latent_cache import LatentCache, shard_path
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import list_shards
 from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.pipeline import collect, require_room_for_an_actor, run_precompute
@@ -154,7 +155,7 @@ def test_a_rerun_elsewhere_gives_equal_bytes(shards: str, tmp_path: Path) -> Non
     for name in ("one", "two"):
         check_report(run_here(make_plan(shards, tmp_path / name)).report)
         found.append({k: v for k, v in contents(tmp_path / name).items() if k != "report.json"})
-    assert len(found[0]) == 9 and found[0] == found[1]
+    assert len(found[0]) == 10 and found[0] == found[1]
 
 
 def test_a_restart_redoes_uncommitted_shards_only(shards: str, tmp_path: Path) -> None:
@@ -434,3 +435,31 @@ def test_two_sources_of_one_set_of_shards_give_it_in_two_sizes(shards: str, tmp_
     moved = replace(plan, sources=(sources[0].model_copy(update={"buckets": (large,)}), *sources[1:]))
     before, after = ({task.name: task.fingerprint for task in plan_tasks(p, {})} for p in (plan, moved))
     assert {name for name in before if before[name] != after[name]} == {"small-clips-000", "small-clips-001"}
+
+
+def test_a_merged_index_that_is_gone_or_spoilt_is_merged_anew_by_a_rerun(shards: str, tmp_path: Path) -> None:
+    plan = make_plan(shards, tmp_path)
+    run_here(plan)
+    index = tmp_path / "index.arrow"
+    merged, fragments = index.read_bytes(), {p: p.stat().st_mtime_ns for p in (tmp_path / "index").iterdir()}
+    for spoil in (index.unlink, lambda: index.write_bytes(merged[:-1])):
+        spoil()
+        assert not run_here(plan).did_nothing
+        assert index.read_bytes() == merged
+        assert {p: p.stat().st_mtime_ns for p in (tmp_path / "index").iterdir()} == fragments
+    assert run_here(plan).did_nothing
+
+
+def test_while_shards_are_done_anew_no_merged_index_says_otherwise(shards: str, tmp_path: Path) -> None:
+    plan = make_plan(shards, tmp_path)
+    run_here(plan)
+    next((tmp_path / "index").iterdir()).unlink()
+
+    def die(*_: object) -> None:
+        assert not (tmp_path / "index.arrow").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_precompute(plan, nullcontext, die)
+    with pytest.raises(DataError, match="index fragment is missing"):
+        LatentCache.open(str(tmp_path))

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from data_pipeline.cache_manifest import FORMAT_VERSION, NULL_PROMPT
 from data_pipeline.cache_writer import CacheShardWriter, write_manifest
-from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT
 from jobs.train import train_on_rank
 from m4v_dist.batch import TextFeatures
 from m4v_dist.config.data_settings import CodecSettings, TextEncoderSettings

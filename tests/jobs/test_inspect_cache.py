@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.cache_manifest import index_path
 from data_pipeline.captions import Caption
-from data_pipeline.latent_cache import LatentCache, index_path
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import read_index, write_index
 from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.precompute_plan import PrecomputePlan

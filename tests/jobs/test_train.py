@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.cache_manifest import index_path
 from data_pipeline.cache_writer import CacheShardWriter
-from data_pipeline.latent_cache import LatentCache, index_path
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import read_index, write_index
 from jobs import cli
 from jobs.train import check_run_folder, require_free_run, train

@@ -5,6 +5,7 @@ each process costs more than most tests. `run_fresh_ranks` takes new interpreter
 """
 
 import multiprocessing
+import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.process
 import os
@@ -50,7 +51,8 @@ def rank_main(task: str, environment: Mapping[str, str]) -> None:
     Path(f"{task}.{rank}").write_bytes(pickle.dumps(answer))
 
 
-def _fork_ranks(task: str, environments: list[dict[str, str]]) -> Ranks:
+def fork_context() -> multiprocessing.context.ForkServerContext:
+    """Processes of it are forked from the server, which is up; there is one for all tests of a pytest process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     before = dict(os.environ)
@@ -59,6 +61,11 @@ def _fork_ranks(task: str, environments: list[dict[str, str]]) -> Ranks:
     multiprocessing.forkserver.ensure_running()
     os.environ.clear()
     os.environ.update(before)
+    return context
+
+
+def _fork_ranks(task: str, environments: list[dict[str, str]]) -> Ranks:
+    context = fork_context()
     ranks = [context.Process(target=rank_main, args=(task, environment)) for environment in environments]
     for rank in ranks:
         rank.start()

@@ -133,6 +133,10 @@ class ToyLoader:
         """As if each rank had met one more than its rank."""
         return 1 + self.rank
 
+    @property
+    def reads(self) -> dict[str, float]:
+        return {"read_bytes": 1000.0 * self.step, "wait_s": 0.5}
+
     def held_out(self) -> tuple[LatentBatch, ...]:
         share = self.num_slots // self.world_size
         return (toy_batch(10**6, list(range(self.rank * share, (self.rank + 1) * share)), self.num_slots),)
