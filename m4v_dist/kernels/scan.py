@@ -107,6 +107,13 @@ def ssd_scan(
             x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
             initial_state=initial_state, chunk_size=chunk_size,
         )  # fmt: skip
+    if backend == "triton":
+        from m4v_dist.kernels.scan_triton import ssd_scan_triton
+
+        return ssd_scan_triton(
+            x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
+            initial_state=initial_state, chunk_size=chunk_size,
+        )  # fmt: skip
     raise BackendUnavailable(f'kernels.backend="{backend}" has a file but no entry in ssd_scan; add it there.')
 
 
