@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m4v_dist.kernels.backend import Backend
 from m4v_dist.kernels.conv1d import causal_conv1d
 from m4v_dist.kernels.entering_state import channel_response, head_response
-from m4v_dist.kernels.scan import Backend, ssd_scan
+from m4v_dist.kernels.scan import ssd_scan
 from m4v_dist.kernels.selective_scan import selective_scan
 from m4v_dist.parallel.sequence import Handover, hand_state, hand_tail, tie
 

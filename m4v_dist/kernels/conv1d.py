@@ -6,7 +6,7 @@ Legend: `b` batch, `l` tokens, `d` channels, `k` taps, `s` segments.
 import torch
 from torch import Tensor
 
-from m4v_dist.kernels.scan import check_cu_seqlens
+from m4v_dist.kernels.segments import check_cu_seqlens
 
 
 @torch.compiler.disable

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from m4v_dist.kernels.backend import BackendUnavailable
 from m4v_dist.kernels.chunk_table import ChunkTable, chunk_table
-from m4v_dist.kernels.scan import BackendUnavailable
 from m4v_dist.kernels.scan_triton_backward import (
     chunk_adjoints,
     decay_gradients,

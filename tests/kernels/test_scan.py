@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from m4v_dist.kernels.scan import Backend, BackendUnavailable, ssd_scan
+from m4v_dist.kernels.backend import Backend, BackendUnavailable
+from m4v_dist.kernels.scan import ssd_scan
 from tests.conftest import load_golden
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from m4v_dist.kernels import scan_triton
+from m4v_dist.kernels.backend import BackendUnavailable
 from m4v_dist.kernels.chunk_table import chunk_table
-from m4v_dist.kernels.scan import BackendUnavailable, ssd_scan
+from m4v_dist.kernels.scan import ssd_scan
 from m4v_dist.kernels.scan_reference import ssd_scan_loop
 from m4v_dist.kernels.scan_triton import ssd_scan_triton
 from tests.conftest import load_golden
