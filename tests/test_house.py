@@ -47,7 +47,10 @@ DOORS: dict[str, set[str]] = {
         f"m4v_dist/config/{file}.py"
         for file in ("settings", "model_settings", "data_settings", "training_settings", "schema", "load")
     },
-    "triton": {f"m4v_dist/kernels/scan_triton{part}.py" for part in ("", "_forward", "_backward")},
+    "triton": {
+        f"m4v_dist/kernels/{file}.py"
+        for file in ("scan_triton", "scan_triton_forward", "scan_triton_backward", "conv1d_triton")
+    },
     "mamba_ssm": {"m4v_dist/kernels/scan_mamba_ssm.py"},
     "deepspeed": {"m4v_dist/trainer/deepspeed_engine.py"},
     "wandb": {"m4v_dist/trainer/metrics.py"},
