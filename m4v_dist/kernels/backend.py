@@ -20,12 +20,6 @@ def require_backend(backend: str) -> None:
         case "reference" | "reference_chunked":
             return
         case "triton" | "mamba_ssm":
-            module = f"m4v_dist.kernels.scan_{backend}"
-            if importlib.util.find_spec(module) is None:
-                raise BackendUnavailable(
-                    f'kernels.backend="{backend}" was asked for, but its kernel is not written yet. '
-                    'Set kernels.backend="reference_chunked" (plain torch, CPU and GPU).'
-                )
             if importlib.util.find_spec(backend) is None:
                 raise BackendUnavailable(
                     f'kernels.backend="{backend}" was asked for, but the package {backend} is not installed. '

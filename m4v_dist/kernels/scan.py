@@ -14,7 +14,7 @@ Legend: `b` batch, `l` tokens, `h` heads, `p` head width, `g` groups, `n` state 
 import torch
 from torch import Tensor
 
-from m4v_dist.kernels.backend import Backend, BackendUnavailable, require_backend
+from m4v_dist.kernels.backend import Backend, require_backend
 from m4v_dist.kernels.segments import check_cu_seqlens
 
 
@@ -81,7 +81,12 @@ def ssd_scan(
             x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
             initial_state=initial_state, chunk_size=chunk_size,
         )  # fmt: skip
-    raise BackendUnavailable(f'kernels.backend="{backend}" has a file but no entry in ssd_scan; add it there.')
+    from m4v_dist.kernels.scan_mamba_ssm import ssd_scan_mamba_ssm
+
+    return ssd_scan_mamba_ssm(
+        x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
+        initial_state=initial_state, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 def _check(

@@ -187,8 +187,8 @@ def test_segments_with_a_batch_are_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", ["mamba_ssm"])
-def test_a_backend_that_is_not_built_says_so_and_names_the_way_out(backend: Backend) -> None:
-    with pytest.raises(BackendUnavailable, match=f'kernels.backend="{backend}".* not written yet.*reference_chunked'):
+def test_a_backend_whose_package_is_missing_says_so_and_names_the_way_out(backend: Backend) -> None:
+    with pytest.raises(BackendUnavailable, match=f'kernels.backend="{backend}".* is not installed.*reference_chunked'):
         _run(_random_inputs(10), backend)
 
 
