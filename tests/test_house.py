@@ -33,7 +33,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"config", "storage", "errors"},
     "trainer": {"parallel", "batch", "config", "storage", "tensor_files", "retries", "errors", "stop_request"},
     "launch": {"config", "storage", "retries", "errors", "stop_request"},
-    "bench": {"model", "blocks", "parallel", "objective", "sampling", "batch", "config", "storage", "errors"},
+    "bench": {
+        "model",
+        "blocks",
+        "kernels",
+        "parallel",
+        "objective",
+        "sampling",
+        "batch",
+        "config",
+        "storage",
+        "errors",
+    },
     "data_pipeline": {"frozen", "batch", "config", "storage", "tensor_files", "errors"},
 }
 """Which rooms a room may import, itself left out. `jobs` may import all; nobody imports `jobs`."""
