@@ -74,8 +74,8 @@ def _note(config: RunConfig, device: torch.device, speed: float) -> str:
     on_gpu = "; then the same two as replays of a CUDA graph; then peak GiB beside the inputs"
     return (
         f"ms, forward / forward and backward, eagerly{on_gpu if device.type == 'cuda' else ''}. Median of {NUM_TIMED} "
-        f"calls after {NUM_WARM_UP}. Scan: {config.model.ssm_num_heads} heads of {ssm.head_dim}, state {ssm.state_dim}, "
-        f"{ssm.num_groups} groups, chunks of {ssm.chunk_size}; attention: {config.model.num_heads} heads of "
+        f"calls after {NUM_WARM_UP}. Scan: {config.model.ssm_num_heads} heads of {ssm.head_dim}, state "
+        f"{ssm.state_dim}, {ssm.num_groups} groups, chunks of {ssm.chunk_size}; attention: {config.model.num_heads} heads of "
         f"{config.model.head_dim}. Last column: reading x, B, C and writing y at the {speed / 1e12:.3g} TB/s of a copy "
         f"here. {describe(device)}."
     )
