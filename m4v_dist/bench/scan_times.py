@@ -75,9 +75,9 @@ def _note(config: RunConfig, device: torch.device, speed: float) -> str:
     return (
         f"ms, forward / forward and backward, eagerly{on_gpu if device.type == 'cuda' else ''}. Median of {NUM_TIMED} "
         f"calls after {NUM_WARM_UP}. Scan: {config.model.ssm_num_heads} heads of {ssm.head_dim}, state "
-        f"{ssm.state_dim}, {ssm.num_groups} groups, chunks of {ssm.chunk_size}; attention: {config.model.num_heads} heads of "
-        f"{config.model.head_dim}. Last column: reading x, B, C and writing y at the {speed / 1e12:.3g} TB/s of a copy "
-        f"here. {describe(device)}."
+        f"{ssm.state_dim}, {ssm.num_groups} groups, chunks of {ssm.chunk_size}; attention: {config.model.num_heads} "
+        f"heads of {config.model.head_dim}. Last column: reading x, B, C and writing y at the {speed / 1e12:.3g} TB/s "
+        f"of a copy here. {describe(device)}."
     )
 
 
