@@ -1,6 +1,6 @@
 """The Ray Data graph of raw shard -> latent cache: one task per shard, decode and encode fused in an actor.
 
-The only file here that imports ray. Frames never pass the object store: a `shard_actor.ShardActor` does a whole raw
+Ray itself stands in `ray_pool.py`. Frames never pass the object store: a `shard_actor.ShardActor` does a whole raw
 shard by itself; what travels are task names and counts. A shard is committed by its index fragment, so a restart redoes
 the uncommitted ones only.
 
@@ -33,17 +33,17 @@ from data_pipeline.precompute_plan import (
     require_same_settings,
 )
 from data_pipeline.precompute_report import write_report
+from data_pipeline.ray_pool import ActorPool, run_on_ray
 from data_pipeline.shard_actor import ATTEMPTS, ShardActor
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
-from m4v_dist.config.data_settings import PrecomputeSettings
 from m4v_dist.errors import ConfigError, DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError
 from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint
 
 logger = logging.getLogger(__name__)
 
 RunShards = Callable[[PrecomputePlan, list[ShardTask]], dict[str, ShardOutcome]]
-"""Does the pending shards and returns their outcomes by output name; `run_on_ray` is the one of every job."""
+"""Does the pending shards and returns their outcomes by output name; `run_shards_on_ray` is the one of every job."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def run_precompute(
         plan: what to do.
         ray_session: starts or joins Ray, and leaves it as it was; entered once all that can be checked without it is
             checked, and only if there is work.
-        run_shards: does the work; None takes `run_on_ray`.
+        run_shards: does the work; None takes `run_shards_on_ray`.
 
     Raises:
         ConfigError: the text encoder cannot be built, decord cannot be imported, or no node of the cluster holds an
@@ -95,7 +95,7 @@ def run_precompute(
     done_now: dict[str, ShardOutcome] = {}
     if pending:
         with ray_session():
-            done_now = (run_shards or run_on_ray)(plan, pending)
+            done_now = (run_shards or run_shards_on_ray)(plan, pending)
         storage.remove(storage.join(cache, ATTEMPTS))
     report = write_report(cache, {**committed, **done_now}, done_now, time.monotonic() - started)
     _require_enough(plan, report)
@@ -119,55 +119,10 @@ def _remove_leftovers(cache: str) -> None:
                 storage.remove(storage.join(cache, folder, name))
 
 
-def run_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
+def run_shards_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
     """Do the pending shards in an actor pool on the Ray that is up; see `RunShards` and `collect`."""
-    import ray
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    # our own bar counts shards; Ray's would count blocks beside it
-    context.enable_progress_bars = False
-    settings = plan.precompute
-    require_room_for_an_actor(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    tasks = ray.data.from_items(
-        [{"task": json.dumps(asdict(task))} for task in pending], override_num_blocks=len(pending)
-    )
-    outcomes = tasks.map_batches(
-        ShardActor,
-        fn_constructor_args=(plan,),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(settings.num_actors, len(pending))),
-        num_cpus=settings.cpus_per_actor,
-        num_gpus=settings.gpus_per_actor or None,
-    )
-    return collect(outcomes.iter_rows(), len(pending))
-
-
-def require_room_for_an_actor(settings: PrecomputeSettings, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Check that one node that is up could hold an actor if it were idle: else Ray would wait for ever.
-
-    Whether a cluster grows cannot be seen from inside, so the user says it: `precompute.wait_for_nodes`.
-
-    Args:
-        settings: what an actor asks for.
-        nodes: resources of each node that is up, by Ray's names.
-
-    Raises:
-        ConfigError: no node is large enough, and none is waited for.
-    """
-    wanted = {"CPU": settings.cpus_per_actor, "GPU": settings.gpus_per_actor}
-    if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
-        return
-    largest = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in wanted}
-    message = (
-        f"an actor wants {wanted['CPU']:g} CPU and {wanted['GPU']:g} GPU (precompute.cpus_per_actor, gpus_per_actor) "
-        f"on one node, but no node of the cluster has that ({len(nodes)} up; at most {largest['CPU']:g} CPU and "
-        f"{largest['GPU']:g} GPU on one)"
-    )
-    if not settings.wait_for_nodes:
-        on_cpu = " (gpus_per_actor=0 encodes on CPUs)" if wanted["GPU"] > largest["GPU"] else ""
-        raise ConfigError(f"{message}; lower them{on_cpu}, or set precompute.wait_for_nodes=true if the cluster grows.")
-    logger.warning("%s; waiting for it to grow", message)
+    tasks = [json.dumps(asdict(task)) for task in pending]
+    return collect(run_on_ray(ShardActor, (plan,), tasks, ActorPool.of(plan.precompute)), len(pending))
 
 
 def collect(rows: Iterable[Mapping[str, Any]], num_shards: int) -> dict[str, ShardOutcome]:

@@ -17,7 +17,7 @@ from data_pipeline import pack
 from data_pipeline.latent_cache import LatentCache, shard_path
 from data_pipeline.manifest import list_shards
 from data_pipeline.pack import RawClip, write_shards
-from data_pipeline.pipeline import collect, require_room_for_an_actor, run_precompute
+from data_pipeline.pipeline import collect, run_precompute
 from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask, describe_plan, plan_tasks
 from data_pipeline.shard_actor import ShardActor
 from m4v_dist import storage
@@ -346,22 +346,6 @@ def test_the_exit_code_of_failed_shards_does_not_hang_on_their_order(
     for ordered in (rows, rows[::-1]):
         with pytest.raises(expected, match=f"from {expected.exit_code}"):
             collect(ordered, len(rows))
-
-
-def test_an_actor_that_no_node_can_hold_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    # two CPUs in all, and a GPU elsewhere: each there is, together there is none
-    nodes = [{"CPU": 1.0, "memory": 1e9}, {"CPU": 1.0, "GPU": 1.0}]
-
-    def settings(**values: Any) -> PrecomputeSettings:
-        return PrecomputeSettings(cache="c", buckets=(BucketSettings(height_px=64, width_px=64),), **values)
-
-    require_room_for_an_actor(settings(gpus_per_actor=1.0), nodes)
-    with pytest.raises(ConfigError, match=r"wants 2 CPU and 0 GPU .*at most 1 CPU"):
-        require_room_for_an_actor(settings(cpus_per_actor=2.0), nodes)
-    with pytest.raises(ConfigError, match=r"gpus_per_actor=0 encodes on CPUs.*wait_for_nodes=true"):
-        require_room_for_an_actor(settings(gpus_per_actor=1.0), nodes[:1])
-    require_room_for_an_actor(settings(gpus_per_actor=1.0, wait_for_nodes=True), [])
-    assert "waiting for it to grow" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["report.json", "null_prompt.safetensors"])
