@@ -61,7 +61,7 @@ DOORS: dict[str, set[str]] = {
     "pyarrow": {"data_pipeline/manifest.py"},
     "decord": {"data_pipeline/decode.py"},
     "webdataset": {"data_pipeline/pack.py"},
-    "av": {"m4v_dist/frozen/video_file.py"},
+    "av": {"m4v_dist/frozen/video_file.py", "m4v_dist/frozen/video_stream.py"},
     "PIL": {"m4v_dist/frozen/video_file.py"},
     "transformers": {"m4v_dist/frozen/pretrained_text.py"},
     "matplotlib": {"m4v_dist/report/plots.py"},
