@@ -129,17 +129,20 @@ class DecoderPool(ChildPool):
         for answer in self.run_all("decode", items):
             yield answer if isinstance(answer, DecodeError) else _clip(*answer)
 
-    def decode(self, data: bytes, kind: str, span: Span | None = None) -> DecodedClip:
-        """Decode one clip alone.
+    def decode(
+        self, data: bytes, kind: str, span: Span | None = None, *, rule: DecodeRule | None = None
+    ) -> DecodedClip:
+        """Decode one clip alone, by another rule if one is given.
 
         Raises:
             DecodeError: it failed, was too slow, or killed its child.
             ConfigError: decord is missing or broken on this machine.
         """
-        (result,) = self.decode_all([(data, kind, span)])
-        if isinstance(result, DecodeError):
-            raise result
-        return result
+        settings = {"kind": kind, "span": span, "rule": self._rule if rule is None else asdict(rule)}
+        (answer,) = self.run_all("decode", [(data, settings)])
+        if isinstance(answer, DecodeError):
+            raise answer
+        return _clip(*answer)
 
 
 def _clip(reply: dict[str, Any], payload: bytes) -> DecodedClip:
