@@ -36,6 +36,10 @@ _ADDRESS = re.compile(r" ?@? ?\b0x[0-9a-f]{6,}")
 _MAX_REASON_CHARS = 300
 
 
+Span = tuple[int, int]
+"""First frame and number of frames of a piece of a video, in its own frames in the order they are shown."""
+
+
 @dataclass(frozen=True)
 class DecodeRule:
     """How clips are cut: frame rate, length and sizes.
@@ -44,11 +48,13 @@ class DecodeRule:
         buckets: allowed (height, width) in pixels.
         num_frames: longest clip, 8k+1.
         fps: highest frame rate.
+        decoder: "auto", or the backend that decodes all video: "decord", "pyav", "torchcodec".
     """
 
     buckets: tuple[tuple[int, int], ...]
     num_frames: int
     fps: float
+    decoder: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,9 @@ class DecodedClip:
         fps: frames per second of `frames`; 0 for a still.
         bucket: (height, width) in pixels.
         source_size: (height, width) of the file, in pixels.
-        source_num_frames: frames that the file holds.
+        source_num_frames: frames that the file holds, or those of the span.
         source_fps: its frame rate; 0 for a still.
+        decoder: what decoded it: "decord", "pyav", "torchcodec", or "pillow" for pictures.
     """
 
     frames: Frames
@@ -70,6 +77,7 @@ class DecodedClip:
     source_size: tuple[int, int]
     source_num_frames: int
     source_fps: float
+    decoder: str = "decord"
 
 
 class DecodeError(Exception):
@@ -99,50 +107,65 @@ def choose_frames(num_frames: int, source_fps: float, rule: DecodeRule) -> tuple
     return np.minimum(np.floor(np.arange(count) * step + 0.5).astype(np.int64), num_frames - 1), fps
 
 
-def decode_clip(data: bytes, kind: str, rule: DecodeRule) -> DecodedClip:
+def decode_clip(data: bytes, kind: str, rule: DecodeRule, span: Span | None = None) -> DecodedClip:
     """Decode one file in this process; callers with unknown files go through `DecoderPool`.
 
     Args:
         data: the whole file.
         kind: its extension in lower case, without the dot.
         rule: frame rate, length, sizes.
+        span: the piece of the video that the clip is cut from; None is all of it.
 
     Raises:
-        DecodeError: it cannot be decoded, or fewer frames came than were asked for.
+        DecodeError: it cannot be decoded, or fewer frames came than were asked for, or the span does not lie in it.
         ConfigError: decord is missing or broken.
     """
     try:
         if kind in IMAGE_KINDS:
-            return _decode_still(data, kind, rule)
+            return _decode_still(data, kind, rule, span)
         if kind == "gif":
-            return _decode_pictures(*decode_animation(data), rule)
+            return _decode_pictures(*decode_animation(data), rule, span)
     except MediaError as error:
         raise DecodeError(str(error)) from error
     if kind not in VIDEO_KINDS:
         raise DecodeError(f"kind {kind!r} is not among {sorted(VIDEO_KINDS | IMAGE_KINDS)}")
-    return _decode_video(data, rule)
+    return _decode_video(data, rule, span)
 
 
-def _decode_still(data: bytes, kind: str, rule: DecodeRule) -> DecodedClip:
+def _decode_still(data: bytes, kind: str, rule: DecodeRule, span: Span | None) -> DecodedClip:
     if kind == "webp":
         frames, fps = decode_animation(data)
         if len(frames) > 1:
-            return _decode_pictures(frames, fps, rule)
+            return _decode_pictures(frames, fps, rule, span)
     else:
         frames = decode_image(data)
-    return _decode_pictures(frames, 0.0, rule)
+    return _decode_pictures(frames, 0.0, rule, span)
 
 
-def _decode_pictures(frames: Frames, source_fps: float, rule: DecodeRule) -> DecodedClip:
+def _decode_pictures(frames: Frames, source_fps: float, rule: DecodeRule, span: Span | None) -> DecodedClip:
     """Cut whole decoded pictures to the rule."""
+    first, num_frames = checked_span(span, len(frames))
+    frames = frames[first : first + num_frames]
     indices, fps = choose_frames(len(frames), source_fps, rule) if source_fps else (np.zeros(1, np.int64), 0.0)
     size = (frames.shape[1], frames.shape[2])
     bucket = choose_bucket(size, rule.buckets)
     clip = centre_crop(resize_cover(frames[indices], *bucket), *bucket)
-    return DecodedClip(clip, fps, bucket, size, len(frames), source_fps)
+    return DecodedClip(clip, fps, bucket, size, len(frames), source_fps, "pillow")
 
 
-def _decode_video(data: bytes, rule: DecodeRule) -> DecodedClip:
+def checked_span(span: Span | None, num_frames: int) -> Span:
+    """The piece that is asked for, or all of a video of `num_frames`.
+
+    Raises:
+        DecodeError: it does not lie in the video.
+    """
+    first, count = (0, num_frames) if span is None else span
+    if first < 0 or count < 1 or first + count > num_frames:
+        raise DecodeError(f"frames {first} to {first + count - 1} are asked for, of a video of {num_frames} frames")
+    return first, count
+
+
+def _decode_video(data: bytes, rule: DecodeRule, span: Span | None) -> DecodedClip:
     import io
 
     decord = _import_decord()
@@ -157,9 +180,10 @@ def _decode_video(data: bytes, rule: DecodeRule) -> DecodedClip:
         del probe
         bucket = choose_bucket((height, width), rule.buckets)
         cover_height, cover_width = cover_size((height, width), bucket)
+        first, num_frames = checked_span(span, num_frames)
         indices, fps = choose_frames(num_frames, source_fps, rule)
         reader = decord.VideoReader(io.BytesIO(data), width=cover_width, height=cover_height, num_threads=1)
-        frames = reader.get_batch(indices).asnumpy()
+        frames = reader.get_batch(indices + first).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError, ValueError) as error:
         raise DecodeError(f"decord: {printable(str(error))[:_MAX_REASON_CHARS]}") from error
     if frames.shape != (len(indices), cover_height, cover_width, 3):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from data_pipeline.decode import DecodedClip, DecodeError, DecodeRule
+from data_pipeline.decode import DecodedClip, DecodeError, DecodeRule, Span
 from data_pipeline.decoder_pool import DecoderPool
 from data_pipeline.encode import ClipEncoder, EncodedClip, EncodeError
 from data_pipeline.filters import reason_to_drop, scores
@@ -120,10 +120,10 @@ class ShardActor:
         """Clips of a shard that decode, in shard order; the others are quarantined on the way."""
         waiting: list[RawClip] = []
 
-        def media() -> Iterator[tuple[bytes, str]]:
+        def media() -> Iterator[tuple[bytes, str, Span | None]]:
             for raw in self._usable(task, outcome):
                 waiting.append(raw)
-                yield raw.data, str(raw.kind)
+                yield raw.data, str(raw.kind), None
 
         pool = self._pool_of(task.source)
         for result in pool.decode_all(media()):

@@ -145,6 +145,11 @@ class BenchmarkSettings(Settings):
         min_length=1,
         description="Rows of the ablations; two names of one model train once.",
     )  # fmt: skip
+    data_parts: tuple[Literal["decode"], ...] = Field(
+        default=("decode",), min_length=1, description="data: parts of the data pipeline that are timed."
+    )
+    num_clips: PositiveInt = Field(default=64, description="data: video clips of the sources that are decoded.")
+    num_rounds: PositiveInt = Field(default=3, description="data: times that each contestant does all clips.")
 
 
 class ExportSettings(Settings):

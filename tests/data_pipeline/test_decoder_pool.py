@@ -20,7 +20,8 @@ RULE = DecodeRule(buckets=((64, 64), (48, 96)), num_frames=17, fps=24.0)
 
 def test_the_pool_keeps_the_order_and_the_neighbours_of_a_bad_clip() -> None:
     sound = [encode_mp4(moving_blocks(seed, 9 + 8 * (seed % 2)), 24.0) for seed in range(4)]
-    clips = [(sound[0], "mp4"), (b"junk", "mp4"), (sound[1], "mp4"), (sound[2], "mp4"), (b"", "png"), (sound[3], "mp4")]
+    media = [sound[0], b"junk", sound[1], sound[2], b"", sound[3]]
+    clips = [(data, "mp4" if data else "png", None) for data in media]
     with DecoderPool(2, 30.0, RULE) as pool:
         results = list(pool.decode_all(clips))
     assert [isinstance(result, DecodeError) for result in results] == [False, True, False, False, True, False]
@@ -40,7 +41,7 @@ def children() -> list[int]:
 
 
 def decoders() -> list[int]:
-    return [pid for pid in children() if b"data_pipeline.decoder_pool" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in children() if b"data_pipeline.decoder_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_a_killed_child_costs_its_clip_only() -> None:
@@ -167,5 +168,5 @@ def test_an_installed_decord_is_let_pass() -> None:
 
 
 def test_a_decoder_child_starts_without_torch() -> None:
-    code = "import sys, data_pipeline.decoder_pool; sys.exit('torch' in sys.modules)"
+    code = "import sys, data_pipeline.decoder_child; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
