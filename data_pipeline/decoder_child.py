@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from data_pipeline.decode import DecodeError, DecodeRule, decode_clip
+from data_pipeline.survey import SurveyRule, survey_clip
 from m4v_dist.errors import ConfigError
 
 Answer = tuple[dict[str, Any], bytes]
@@ -43,7 +44,17 @@ def decode_answer(data: bytes, settings: dict[str, Any]) -> Answer:
     return facts, clip.frames.tobytes()
 
 
-VERBS: dict[str, Verb] = {"decode": decode_answer}
+def survey_answer(data: bytes, settings: dict[str, Any]) -> Answer:
+    """What a raw clip holds, as JSON: `survey.Survey`.
+
+    Args:
+        data: the media file.
+        settings: `kind`, and `rule` (`SurveyRule` as a dict).
+    """
+    return survey_clip(data, settings["kind"], SurveyRule(**settings["rule"])).to_json(), b""
+
+
+VERBS: dict[str, Verb] = {"decode": decode_answer, "survey": survey_answer}
 """All that a child can be asked for; a `DecodeError` or `ConfigError` that a verb raises reaches the caller as such."""
 
 

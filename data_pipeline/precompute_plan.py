@@ -13,10 +13,11 @@ from typing import Any
 
 from data_pipeline.decode import DecodeRule
 from data_pipeline.decoder_pool import require_decord
-from data_pipeline.latent_cache import FORMAT_VERSION, index_path, read_manifest, require_fingerprint, shard_path
+from data_pipeline.latent_cache import FORMAT_VERSION, index_path, require_fingerprint, shard_path
 from data_pipeline.manifest import list_shards, read_index
-from data_pipeline.pack import count_records
+from data_pipeline.survey import SurveyRule
 from m4v_dist import storage
+from m4v_dist.config.curation_settings import CurationSettings, CurationThresholds
 from m4v_dist.config.data_settings import (
     BucketSettings,
     CodecSettings,
@@ -43,12 +44,25 @@ class PrecomputePlan:
         precompute: where to, sizes, rates, workers, retries.
         codec: frames to latents.
         text_encoder: captions to embeddings.
+        curation: which pieces of raw clips are encoded.
     """
 
     sources: tuple[SourceSettings, ...]
     precompute: PrecomputeSettings
     codec: CodecSettings
     text_encoder: TextEncoderSettings
+    curation: CurationSettings = CurationSettings()
+
+    @property
+    def survey_rule(self) -> SurveyRule:
+        """How raw clips are surveyed."""
+        precompute, curation = self.precompute, self.curation
+        return SurveyRule(precompute.num_frames, precompute.fps, curation.cut_change, curation.cut_ratio)
+
+    def thresholds_of(self, source: str) -> CurationThresholds:
+        """What the pieces of a source must be to be kept."""
+        own = next(item.thresholds for item in self.sources if item.name == source)
+        return self.curation.thresholds if own is None else own
 
     def buckets_of(self, source: str) -> tuple[BucketSettings, ...]:
         """Sizes that the clips of a source may go to."""
@@ -71,6 +85,8 @@ class ShardTask:
         path: of the raw shard.
         name: of the output shard, unique in the cache.
         fingerprint: of the input's bytes and of every setting that decides the output.
+        input_fingerprint: of the input's bytes alone.
+        clip_list: digest of what its clip list has encoded; empty where there is none, and all clips are.
     """
 
     source: str
@@ -78,6 +94,8 @@ class ShardTask:
     path: str
     name: str
     fingerprint: str
+    input_fingerprint: str = ""
+    clip_list: str = ""
 
 
 @dataclass
@@ -152,14 +170,17 @@ def plan_tasks(plan: PrecomputePlan, description: dict[str, Any]) -> list[ShardT
     names = _output_names(shards)
     tasks = []
     for (source, path), name in zip(shards, names, strict=True):
-        settings: dict[str, Any] = {
-            "description": description, "media": source.media, "input": _input_fingerprint(path),
-        }  # fmt: skip
+        of_input = _input_fingerprint(path)
+        settings: dict[str, Any] = {"description": description, "media": source.media, "input": of_input}
         if source.buckets:
             settings["buckets"] = [[bucket.height_px, bucket.width_px] for bucket in source.buckets]
-        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
-        tasks.append(ShardTask(source.name, source.media, path, name, digest))
+        tasks.append(ShardTask(source.name, source.media, path, name, digest_of(settings), of_input))
     return tasks
+
+
+def digest_of(settings: Any) -> str:
+    """Digest of plain values, as hex."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _output_names(shards: list[tuple[SourceSettings, str]]) -> list[str]:
@@ -197,33 +218,3 @@ def committed_outcome(cache: str, task: ShardTask) -> ShardOutcome | None:
     if notes["fingerprint"] != task.fingerprint or (rows and not storage.exists(shard_path(cache, task.name))):
         return None
     return ShardOutcome(**notes)
-
-
-def describe_plan(plan: PrecomputePlan) -> str:
-    """What a run would do, as a table; reads shard headers, writes nothing.
-
-    Raises:
-        DataError: a shard is missing or is no tar; the cache has other settings.
-        ConfigError: decord is missing or broken, and there is video to decode.
-    """
-    description = describe_cache(plan)
-    existing = read_manifest(plan.precompute.cache)
-    if existing is not None:
-        require_same_settings(plan.precompute.cache, existing, description)
-    tasks = plan_tasks(plan, description)
-    todo = [task for task in tasks if committed_outcome(plan.precompute.cache, task) is None]
-    require_decoder(todo)
-    longest = (plan.precompute.num_frames - 1) // description["temporal_stride"] + 1
-    lines, total = [f"{'source':<20}{'shards':>8}{'to do':>8}{'clips':>10}{'at most MiB':>14}"], 0.0
-    for source in plan.sources:
-        of_source = [task for task in tasks if task.source == source.name]
-        num_todo = sum(task.source == source.name for task in todo)
-        clips = sum(count_records(task.path) for task in of_source)
-        latents = longest if source.media == "video" else 1
-        largest = max(bucket.height_px * bucket.width_px for bucket in plan.buckets_of(source.name))
-        grid = largest // description["spatial_stride"] ** 2
-        mib = clips * latents * grid * description["latent_channels"] * 2 / 2**20
-        total += mib
-        lines.append(f"{source.name:<20}{len(of_source):>8}{num_todo:>8}{clips:>10}{mib:>14.1f}")
-    lines.append(f"latents of the whole cache: at most {total:.1f} MiB in {plan.precompute.cache}, text beside it")
-    return "\n".join(lines)

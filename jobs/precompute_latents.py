@@ -5,7 +5,8 @@ import sys
 
 from data_pipeline.manifest import list_shards
 from data_pipeline.pipeline import run_precompute
-from data_pipeline.precompute_plan import PrecomputePlan, describe_plan
+from data_pipeline.plan_table import describe_plan
+from data_pipeline.precompute_plan import PrecomputePlan
 from jobs.cli import check_writable, main
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.launch.ray_session import ray_session
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 def precompute_latents(config: RunConfig, dry_run: bool) -> str:
     """Fill the run's latent cache; see `pipeline.run_precompute` for what it raises."""
-    plan = PrecomputePlan(config.sources, config.precompute, config.codec, config.text_encoder)
+    plan = PrecomputePlan(config.sources, config.precompute, config.codec, config.text_encoder, config.curation)
     if dry_run:
         logger.info("plan\n%s", describe_plan(plan))
         return "dry run: the plan above can be done; nothing was written"

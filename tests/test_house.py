@@ -57,7 +57,15 @@ DOORS: dict[str, set[str]] = {
     "safetensors": {"m4v_dist/tensor_files.py"},
     "pydantic": {
         f"m4v_dist/config/{file}.py"
-        for file in ("settings", "model_settings", "data_settings", "training_settings", "schema", "load")
+        for file in (
+            "settings",
+            "model_settings",
+            "data_settings",
+            "curation_settings",
+            "training_settings",
+            "schema",
+            "load",
+        )
     },
     "triton": {"m4v_dist/kernels/scan_triton.py"},
     "mamba_ssm": {"m4v_dist/kernels/scan_mamba_ssm.py"},
@@ -70,7 +78,9 @@ DOORS: dict[str, set[str]] = {
         "m4v_dist/launch/controller_watch.py",
         "data_pipeline/ray_pool.py",
     },
-    "pyarrow": {"data_pipeline/manifest.py"},
+    "pyarrow": {"data_pipeline/manifest.py", "data_pipeline/clip_list.py"},
+    "cv2": {"data_pipeline/picture_scores.py"},
+    "scenedetect": {"data_pipeline/scene_cuts.py"},
     "decord": {"data_pipeline/decode.py", "m4v_dist/bench/decode_times.py"},
     "webdataset": {"data_pipeline/pack.py"},
     "av": {"m4v_dist/frozen/video_file.py", "m4v_dist/frozen/video_stream.py"},

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from m4v_dist.config.curation_settings import CurationThresholds
 from m4v_dist.config.settings import Fraction, Name, PositiveInt, Settings
 
 
@@ -26,6 +27,9 @@ class SourceSettings(Settings):
         default=(),
         description="Those of precompute.buckets that its clips go to; empty: all. Two sources of one set of shards "
         "give it in two sizes.",
+    )
+    thresholds: CurationThresholds | None = Field(
+        default=None, description="Those of this source, in place of all of curation.thresholds."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from m4v_dist.config.curation_settings import CurationSettings
 from m4v_dist.config.data_settings import CodecSettings, PrecomputeSettings, SourceSettings, TextEncoderSettings
 from m4v_dist.config.model_settings import Ablation, KernelSettings, ModelSettings
 from m4v_dist.config.settings import Name, PositiveInt, Settings
@@ -177,6 +178,7 @@ class RunConfig(Settings):
     run: RunSettings
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
     precompute: PrecomputeSettings
+    curation: CurationSettings = CurationSettings()
     codec: CodecSettings = CodecSettings()
     text_encoder: TextEncoderSettings = TextEncoderSettings()
     kernels: KernelSettings = KernelSettings()

@@ -18,7 +18,8 @@ from data_pipeline.latent_cache import LatentCache, shard_path
 from data_pipeline.manifest import list_shards
 from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.pipeline import collect, run_precompute
-from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask, describe_plan, plan_tasks
+from data_pipeline.plan_table import describe_plan
+from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask, plan_tasks
 from data_pipeline.shard_actor import ShardActor
 from m4v_dist import storage
 from m4v_dist.config.data_settings import (

@@ -1,0 +1,215 @@
+"""Between the passes, in the driver: which shards are still to be surveyed, and the clip lists made of all surveys.
+
+A list follows from the surveys, the thresholds and the order of the sources in the config alone, so workers may finish
+in any order. A rerun writes the same lists; other thresholds ask for no new survey, and change the fingerprint of just
+those shards of which other clips are encoded.
+
+Duplicates are raw clips whose media are the same bytes: of those that pass the thresholds the first is kept, by source,
+then shard, then place in the shard. The same record read under two sources (in two sizes, say) is no duplicate of
+itself.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.clip_list import (
+    CURATION,
+    SurveyedClip,
+    digest_kept,
+    list_path,
+    read_clips,
+    survey_path,
+    write_clips,
+)
+from data_pipeline.filters import DUPLICATE, reason_by_thresholds
+from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask, digest_of
+from data_pipeline.score_histograms import ScoreHistograms
+from data_pipeline.survey import SURVEY_VERSION
+from m4v_dist import storage
+
+DUPLICATES = "duplicates.txt"
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class ListedShard:
+    """What the clip list says of one raw shard.
+
+    Args:
+        task: its encoding, with the list in its fingerprint.
+        kept: clips to encode.
+        dropped: pieces that are not, by reason.
+        quarantined: raw clips that could not be surveyed, as in `ShardOutcome`.
+    """
+
+    task: ShardTask
+    kept: int
+    dropped: dict[str, int]
+    quarantined: list[dict[str, str]]
+
+    def outcome_with(self, outcome: ShardOutcome) -> ShardOutcome:
+        """What became of all of the shard, of what pass 2 never saw too."""
+        return replace(
+            outcome,
+            filtered=dict(Counter(outcome.filtered) + Counter(self.dropped)),
+            quarantined=self.quarantined + outcome.quarantined,
+        )
+
+
+@dataclass
+class _Copies:
+    """Where the clips that pass stand, in order, and which of them is a copy of one before."""
+
+    hashes: list[str] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, media: str, clip: SurveyedClip, place: tuple[int, int]) -> None:
+        """Take the next clip; `place` is the number of its shard and of its row."""
+        self.hashes.append(f"{clip.content_hash}-{media}-{clip.first_frame}")
+        self.places.append(place)
+
+    def first_of(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Place of each clip that has the media of one before it, to the place of the first such."""
+        if not self.hashes:
+            return {}
+        _, firsts, which = np.unique(np.array(self.hashes), return_index=True, return_inverse=True)
+        first = firsts[which]
+        copies = np.flatnonzero(first != np.arange(len(first)))
+        return {self.places[number]: self.places[first[number]] for number in copies.tolist()}
+
+
+def survey_tasks(plan: PrecomputePlan, tasks: Sequence[ShardTask]) -> list[ShardTask]:
+    """The shards as tasks of pass 1: their fingerprint is of the input and of what decides a survey."""
+    rule = {"rule": asdict(plan.survey_rule), "version": SURVEY_VERSION}
+    return [
+        replace(task, fingerprint=digest_of({**rule, "media": task.media, "input": task.input_fingerprint}))
+        for task in tasks
+    ]
+
+
+def is_surveyed(cache: str, task: ShardTask) -> bool:
+    """Whether a survey of this very input by this very rule stands; `task` is one of `survey_tasks`."""
+    path = survey_path(cache, task.name)
+    return storage.exists(path) and read_clips(path)[1]["fingerprint"] == task.fingerprint
+
+
+def make_lists(plan: PrecomputePlan, tasks: Sequence[ShardTask], writes: bool = True) -> dict[str, ListedShard]:
+    """Judge all surveyed pieces, and write the clip list of each shard, the duplicates and the histograms.
+
+    Surveys are read one after the other, twice; what is held of each clip is its hash and its place.
+
+    Args:
+        plan: thresholds and sources.
+        tasks: of pass 2, in the order of the sources; all must be surveyed.
+        writes: False only counts.
+
+    Returns:
+        what each list says, by task name.
+    """
+    cache, copies = plan.precompute.cache, _Copies()
+    if plan.curation.remove_duplicates:
+        for number, task in enumerate(tasks):
+            for row, clip in enumerate(judged(plan, task)[0]):
+                if not clip.reason:
+                    copies.add(task.media, clip, (number, row))
+    first_of = copies.first_of()
+    names = _names_of(cache, tasks, first_of)
+    histograms = ScoreHistograms()
+    listed: dict[str, ListedShard] = {}
+    lines: list[str] = []
+    for number, task in enumerate(tasks):
+        clips, errors = judged(plan, task)
+        for row, clip in enumerate(clips):
+            first = first_of.get((number, row))
+            if first is not None and names[first] != names[number, row]:
+                clips[row] = replace(clip, reason=DUPLICATE)
+                copy, kept = ("\t".join((tasks[place[0]].source, *names[place])) for place in ((number, row), first))
+                lines.append(f"{copy}\t{kept}\n")
+        histograms.add(task.source, task.media, clips)
+        listed[task.name] = _listed(plan, task, clips, errors, writes)
+    if writes:
+        limits = {source.name: plan.thresholds_of(source.name).model_dump() for source in plan.sources}
+        _write_if_new(storage.join(cache, CURATION, DUPLICATES), "".join(lines).encode())
+        _write_if_new(storage.join(cache, CURATION, SCORES), storage.json_bytes(histograms.to_json(limits)))
+    return listed
+
+
+def _write_if_new(path: str, data: bytes) -> None:
+    """Leave a file as it stands where nothing has changed, so that a rerun does nothing."""
+    if not (storage.exists(path) and storage.read_bytes(path) == data):
+        storage.write_bytes(path, data)
+
+
+def judged(plan: PrecomputePlan, task: ShardTask) -> tuple[list[SurveyedClip], dict[str, str]]:
+    """Pieces of a shard with the reasons of those that the thresholds drop; and errors of raw clips by key."""
+    clips, notes = read_clips(survey_path(plan.precompute.cache, task.name))
+    thresholds, splits = plan.thresholds_of(task.source), plan.curation.long_scenes == "split"
+    reasons = (reason_by_thresholds(clip, task.media, thresholds, splits) for clip in clips)
+    return [replace(clip, reason=reason or "") for clip, reason in zip(clips, reasons, strict=True)], notes["errors"]
+
+
+def _names_of(
+    cache: str, tasks: Sequence[ShardTask], first_of: dict[tuple[int, int], tuple[int, int]]
+) -> dict[tuple[int, int], tuple[str, str]]:
+    """Raw shard and key of each clip that is a copy or has one."""
+    wanted: dict[int, set[int]] = {}
+    for number, row in {*first_of, *first_of.values()}:
+        wanted.setdefault(number, set()).add(row)
+    names = {}
+    for number, rows in wanted.items():
+        clips = read_clips(survey_path(cache, tasks[number].name))[0]
+        names.update({(number, row): (tasks[number].path, clips[row].clip_key) for row in rows})
+    return names
+
+
+def _listed(
+    plan: PrecomputePlan, task: ShardTask, clips: list[SurveyedClip], errors: dict[str, str], writes: bool
+) -> ListedShard:
+    """Write a shard's list, unless it stands as it is, and sum it up."""
+    digest = digest_kept(clips)
+    notes = {"digest": digest, "errors": errors}
+    path = list_path(plan.precompute.cache, task.name)
+    if writes and not (storage.exists(path) and read_clips(path) == (clips, notes)):
+        write_clips(path, clips, notes)
+    dropped = Counter(clip.reason for clip in clips if clip.reason)
+    shard = task.path.rsplit("/", 1)[-1]
+    quarantined = [
+        {"key": key, "shard": shard, "source": task.source, "error": f"survey: {error}"}
+        for key, error in errors.items()
+    ]
+    listed_task = replace(task, fingerprint=digest_of([task.fingerprint, digest]), clip_list=digest)
+    return ListedShard(listed_task, len(clips) - dropped.total(), dict(sorted(dropped.items())), quarantined)
+
+
+def describe_settings(plan: PrecomputePlan, listed: dict[str, ListedShard]) -> dict[str, Any]:
+    """What the manifest records of curation: its settings, and what came of them, by source."""
+    per_source: dict[str, Counter[str]] = {source.name: Counter() for source in plan.sources}
+    for shard in listed.values():
+        per_source[shard.task.source].update(
+            {"kept": shard.kept, "quarantined": len(shard.quarantined), **shard.dropped}
+        )
+    return {
+        "survey": {**asdict(plan.survey_rule), "version": SURVEY_VERSION},
+        "long_scenes": plan.curation.long_scenes,
+        "remove_duplicates": plan.curation.remove_duplicates,
+        "thresholds": {source.name: plan.thresholds_of(source.name).model_dump() for source in plan.sources},
+        "counts": {source: dict(sorted(counts.items())) for source, counts in per_source.items()},
+    }
+
+
+def format_counts(listed: dict[str, ListedShard]) -> str:
+    """What the lists keep, and why they drop the rest, as a table of reasons by source."""
+    per_source: dict[str, Counter[str]] = {}
+    for shard in listed.values():
+        counts = per_source.setdefault(shard.task.source, Counter())
+        counts.update({"pieces": shard.kept + sum(shard.dropped.values()), "kept": shard.kept, **shard.dropped})
+        counts["not surveyed"] += len(shard.quarantined)
+    reasons = sorted({reason for shard in listed.values() for reason in shard.dropped})
+    rows = ["pieces", "kept", *reasons, "not surveyed"]
+    lines = ["".join([f"{'':<16}", *(f"{source:>16}" for source in per_source)])]
+    lines += ["".join([f"{row:<16}", *(f"{counts[row]:>16}" for counts in per_source.values())]) for row in rows]
+    return "\n".join(lines)
