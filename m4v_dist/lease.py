@@ -1,6 +1,6 @@
-"""Who may write a run's checkpoints: one driver at a time, and of its attempts the newest.
+"""Who may write in a folder, a run's checkpoints or a cache: one driver at a time, and of its attempts the newest.
 
-`<checkpoints>/leases/lease_0003.json` is attempt 3's claim. A number can be claimed once (`storage.create_bytes`), and
+`<folder>/leases/lease_0003.json` is attempt 3's claim. A number can be claimed once (`storage.create_bytes`), and
 the highest one counts: so two drivers that begin together do not both get it, and an attempt that has been overtaken
 sees it by looking for a higher number. That is asked before each commit and before anything is removed behind it
 (fencing); a commit in the moment between question and answer does no harm, because attempts write in folders of their
