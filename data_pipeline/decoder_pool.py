@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -60,6 +61,7 @@ class DecoderPool:
         self._rule = rule
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
         self._executor: ThreadPoolExecutor | None = None
+        self._busy_s: list[float] = []
 
     def __enter__(self) -> "DecoderPool":
         return self
@@ -107,12 +109,20 @@ class DecoderPool:
 
     def _decode_one(self, data: bytes, kind: str) -> DecodedClip | DecodeError:
         child = self._idle.get()
+        started = time.monotonic()
         try:
             return child.decode(data, kind)
         except DecodeError as error:
             return error
         finally:
+            # append is atomic, += of several threads is not
+            self._busy_s.append(time.monotonic() - started)
             self._idle.put(child)
+
+    def take_busy_s(self) -> float:
+        """Seconds that the children worked since the last call, summed over them."""
+        busy, self._busy_s = self._busy_s, []
+        return sum(busy)
 
 
 class _Child:

@@ -6,19 +6,20 @@ the uncommitted ones only.
 
 One dead-letter table: `report.json` and `quarantine.txt`. Past `max_bad_fraction` the job fails, after the report is
 written; what was committed stays.
+
+One job at a time: it holds the cache's lease. Actors ask for it before they write, and the driver before the report and
+before the manifest, so that what is left of a job that was overtaken commits nothing.
 """
 
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
-
-from tqdm import tqdm
 
 from data_pipeline.latent_cache import NULL_PROMPT, index_path, read_manifest, write_manifest
 from data_pipeline.manifest import read_index
@@ -30,20 +31,23 @@ from data_pipeline.precompute_plan import (
     describe_cache,
     plan_tasks,
     require_decoder,
+    require_own_shard,
     require_same_settings,
 )
-from data_pipeline.precompute_report import write_report
+from data_pipeline.precompute_progress import BadLimit, DoneShards, collect
+from data_pipeline.precompute_report import require_enough, write_report
 from data_pipeline.ray_pool import ActorPool, run_on_ray
-from data_pipeline.shard_actor import ATTEMPTS, ShardActor
+from data_pipeline.shard_actor import ATTEMPTS, CALLS_PER_ACTOR, ShardActor
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
-from m4v_dist.errors import ConfigError, DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError
+from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint
+from m4v_dist.lease import Lease, hold, require_held
 
 logger = logging.getLogger(__name__)
 
-RunShards = Callable[[PrecomputePlan, list[ShardTask]], dict[str, ShardOutcome]]
-"""Does the pending shards and returns their outcomes by output name; `run_shards_on_ray` is the one of every job."""
+RunShards = Callable[[PrecomputePlan, list[ShardTask], Lease, BadLimit], DoneShards]
+"""Does the pending shards under a lease, until the limit is passed; `run_shards_on_ray` is the one of every job."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def run_precompute(
             is written first).
         OutOfMemoryJobError: a clip does not fit the device that encodes it.
         RetriesExhaustedError: one shard lost its worker too often.
+        RunInUseError: another job is at work on this cache, or took it over.
     """
     started = time.monotonic()
     cache = plan.precompute.cache
@@ -83,24 +88,35 @@ def run_precompute(
     if existing is not None:
         require_same_settings(cache, existing, description)
     tasks = plan_tasks(plan, description)
-    committed = {task.name: outcome for task in tasks if (outcome := committed_outcome(cache, task)) is not None}
-    pending = [task for task in tasks if task.name not in committed]
-    if not pending and existing is not None and _is_finished(cache, existing, committed):
+    committed = _committed(cache, tasks)
+    if len(committed) == len(tasks) and existing is not None and _is_finished(cache, existing, committed):
         logger.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
         return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
-    logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
-    require_decoder(pending)
+    require_decoder(task for task in tasks if task.name not in committed)
     null_text = _null_text(plan)
-    _remove_leftovers(cache)
-    done_now: dict[str, ShardOutcome] = {}
-    if pending:
-        with ray_session():
-            done_now = (run_shards or run_shards_on_ray)(plan, pending)
+    with hold(cache, plan.precompute.lease_timeout_s) as lease:
+        # looked at again: until the lease was claimed another job may have been at work
+        committed |= _committed(cache, [task for task in tasks if task.name not in committed])
+        pending = [task for task in tasks if task.name not in committed]
+        logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
+        _remove_leftovers(cache)
+        limit = BadLimit(plan.precompute.max_bad_fraction, len(tasks), committed.values())
+        done = DoneShards(gave_up=limit.why_passed())
+        if pending and not done.gave_up:
+            with ray_session():
+                done = (run_shards or run_shards_on_ray)(plan, pending, lease, limit)
+        require_held(cache, lease)
         storage.remove(storage.join(cache, ATTEMPTS))
-    report = write_report(cache, {**committed, **done_now}, done_now, time.monotonic() - started)
-    _require_enough(plan, report)
-    write_manifest(cache, _manifest(plan, description, tasks), null_text)
+        report = write_report(cache, {**committed, **done.outcomes}, done, time.monotonic() - started)
+        require_enough(plan.precompute, report)
+        manifest = _manifest(plan, description, tasks)
+        require_held(cache, lease)
+        write_manifest(cache, manifest, null_text)
     return PrecomputeResult(False, report)
+
+
+def _committed(cache: str, tasks: Iterable[ShardTask]) -> dict[str, ShardOutcome]:
+    return {task.name: outcome for task in tasks if (outcome := committed_outcome(cache, task)) is not None}
 
 
 def _is_finished(cache: str, manifest: Mapping[str, Any], committed: Mapping[str, ShardOutcome]) -> bool:
@@ -119,91 +135,23 @@ def _remove_leftovers(cache: str) -> None:
                 storage.remove(storage.join(cache, folder, name))
 
 
-def run_shards_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
+def run_shards_on_ray(plan: PrecomputePlan, pending: list[ShardTask], lease: Lease, limit: BadLimit) -> DoneShards:
     """Do the pending shards in an actor pool on the Ray that is up; see `RunShards` and `collect`."""
     tasks = [json.dumps(asdict(task)) for task in pending]
-    return collect(run_on_ray(ShardActor, (plan,), tasks, ActorPool.of(plan.precompute)), len(pending))
-
-
-def collect(rows: Iterable[Mapping[str, Any]], num_shards: int) -> dict[str, ShardOutcome]:
-    """Gather what the actors report, with a progress bar.
-
-    Args:
-        rows: `name`, `outcome`, `error` and `exit_code` of each shard, see `ShardActor`.
-        num_shards: how many come.
-
-    Returns:
-        outcomes by output name.
-
-    Raises:
-        JobError: once all are done, if some failed: of the failure that says most (see `_raise_failures`).
-    """
-    done: dict[str, ShardOutcome] = {}
-    failures: list[Mapping[str, Any]] = []
-    with tqdm(total=num_shards, desc="precompute", unit="shard") as bar:
-        for row in rows:
-            if row["exit_code"]:
-                failures.append(row)
-            else:
-                done[row["name"]] = ShardOutcome(**json.loads(row["outcome"]))
-            bar.update()
-            bar.set_postfix(
-                kept=sum(outcome.kept for outcome in done.values()),
-                bad=sum(len(outcome.quarantined) for outcome in done.values()),
-            )
-    if failures:
-        _raise_failures(failures, num_shards)
-    return done
-
-
-def _raise_failures(failures: Sequence[Mapping[str, Any]], num_shards: int) -> None:
-    """Raise for all failed shards together; the order in which they came decides nothing.
-
-    Out of memory goes before workers that died, for it is often why; both go before data, which a rerun may mend.
-    """
-    codes = {row["exit_code"] for row in failures}
-    kinds: tuple[type[JobError], ...] = (OutOfMemoryJobError, RetriesExhaustedError, ConfigError)
-    kind = next((kind for kind in kinds if kind.exit_code in codes), DataError)
-    of_kind = [row for row in failures if row["exit_code"] == kind.exit_code] or failures
-    for row in failures:
-        logger.error("%s: %s", row["name"], row["error"])
-    first = min(of_kind, key=lambda row: str(row["name"]))
-    raise kind(
-        f"precompute: {len(failures)} of {num_shards} shards could not be done ({first['name']}: {first['error']}); "
-        "the others are committed: mend the cause and run the same command again."
-    )
-
-
-def _require_enough(plan: PrecomputePlan, report: dict[str, Any]) -> None:
-    bad, total, limit = len(report["quarantined"]), report["num_clips"], plan.precompute.max_bad_fraction
-    where = storage.join(plan.precompute.cache, "quarantine.txt")
-    damaged, num_shards = report["damaged_shards"], report["num_shards"]
-    if len(damaged) > limit * num_shards:
-        first = damaged[0]
-        raise DataError(
-            f"precompute: {len(damaged)} of {num_shards} shards are damaged ({len(damaged) / num_shards:.1%}), more "
-            f"than precompute.max_bad_fraction={limit:g}: {first['shard']} of {first['source']} after "
-            f"{first['num_clips_before']} clips ({first['error']}); how many clips are lost cannot be known. See "
-            f"{where}, write these shards anew, or raise the limit. The committed shards stay."
-        )
-    if bad > limit * total:
-        raise DataError(
-            f"precompute: {bad} of {total} clips are quarantined ({bad / total:.1%}), more than "
-            f"precompute.max_bad_fraction={limit:g}; see {where}, mend or drop these clips, or raise the limit. "
-            "The committed shards stay."
-        )
-    if report["kept"] == 0:
-        raise DataError(
-            f"precompute: none of {total} clips was kept (filtered: {report['filtered']}, quarantined: {bad}); "
-            f"see {where}, and lower precompute.min_frames={plan.precompute.min_frames} if clips are short."
-        )
+    pool = ActorPool.of(plan.precompute, CALLS_PER_ACTOR)
+    return collect(run_on_ray(ShardActor, (plan, lease), tasks, pool), len(pending), limit)
 
 
 def _manifest(plan: PrecomputePlan, description: dict[str, Any], tasks: list[ShardTask]) -> dict[str, Any]:
+    """The manifest of all shards, each looked at once more: that this job's settings made it, and its tar is whole."""
+    cache = plan.precompute.cache
     totals: dict[str, Counter[str]] = {}
     records: Counter[str] = Counter()
+    sizes = storage.list_sizes(storage.join(cache, "shards"))
     for task in tasks:
-        for row in read_index(index_path(plan.precompute.cache, task.name))[0]:
+        rows, notes = read_index(index_path(cache, task.name))
+        require_own_shard(cache, task, rows, notes, sizes)
+        for row in rows:
             counts = totals.setdefault(f"{row.height_px}x{row.width_px}", Counter())
             counts.update(records=1, frames=row.num_frames, latents=row.num_latents, size_bytes=row.size_bytes)
             records[row.source] += 1

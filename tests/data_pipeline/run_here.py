@@ -6,9 +6,11 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-from data_pipeline.pipeline import PrecomputeResult, collect, run_precompute
-from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask
+from data_pipeline.pipeline import PrecomputeResult, run_precompute
+from data_pipeline.precompute_plan import PrecomputePlan, ShardTask
+from data_pipeline.precompute_progress import BadLimit, DoneShards, collect
 from data_pipeline.shard_actor import ShardActor
+from m4v_dist.lease import Lease
 
 
 def run_here(plan: PrecomputePlan) -> PrecomputeResult:
@@ -16,9 +18,9 @@ def run_here(plan: PrecomputePlan) -> PrecomputeResult:
     return run_precompute(plan, nullcontext, run_shards)
 
 
-def run_shards(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
+def run_shards(plan: PrecomputePlan, pending: list[ShardTask], lease: Lease, limit: BadLimit) -> DoneShards:
     """A `pipeline.RunShards` of one worker, one shard after the other."""
-    actor = ShardActor(plan)
+    actor = ShardActor(plan, lease)
 
     def rows() -> Iterator[dict[str, Any]]:
         for task in pending:
@@ -26,6 +28,6 @@ def run_shards(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, Shar
             yield {name: values[0] for name, values in columns.items()}
 
     try:
-        return collect(rows(), len(pending))
+        return collect(rows(), len(pending), limit)
     finally:
         actor.close()
