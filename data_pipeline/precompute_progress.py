@@ -59,7 +59,9 @@ class BadLimit:
     def why_passed(self) -> str:
         """The sentence that ends the run; empty while it may go well."""
         if self._num_damaged > self._limit * self._num_shards:
-            return f"{self._num_damaged} of {self._num_shards} shards are damaged, and how many clips are lost cannot be known"
+            return (
+                f"{self._num_damaged} of {self._num_shards} shards are damaged, how many clips that loses nobody knows"
+            )
         if self._num_bad > self._limit * self._largest * self._num_shards:
             return (
                 f"{self._num_bad} clips are quarantined, and {self._num_shards} shards of at most {self._largest} "
