@@ -10,7 +10,7 @@ itself.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -31,8 +31,8 @@ from data_pipeline.score_histograms import ScoreHistograms
 from data_pipeline.survey import SURVEY_VERSION
 from m4v_dist import storage
 
-DUPLICATES = "duplicates.txt"
-SCORES = "scores.json"
+DUPLICATES = f"{CURATION}/duplicates.txt"
+SCORES = f"{CURATION}/scores.json"
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class ListedShard:
     kept: int
     dropped: dict[str, int]
     quarantined: list[dict[str, str]]
+
+    @property
+    def num_clips(self) -> int:
+        """Pieces and raw clips that are counted by the list."""
+        return self.kept + sum(self.dropped.values()) + len(self.quarantined)
 
     def outcome_with(self, outcome: ShardOutcome) -> ShardOutcome:
         """What became of all of the shard, of what pass 2 never saw too."""
@@ -133,8 +138,8 @@ def make_lists(plan: PrecomputePlan, tasks: Sequence[ShardTask], writes: bool = 
         listed[task.name] = _listed(plan, task, clips, errors, writes)
     if writes:
         limits = {source.name: plan.thresholds_of(source.name).model_dump() for source in plan.sources}
-        _write_if_new(storage.join(cache, CURATION, DUPLICATES), "".join(lines).encode())
-        _write_if_new(storage.join(cache, CURATION, SCORES), storage.json_bytes(histograms.to_json(limits)))
+        _write_if_new(storage.join(cache, DUPLICATES), "".join(lines).encode())
+        _write_if_new(storage.join(cache, SCORES), storage.json_bytes(histograms.to_json(limits)))
     return listed
 
 
@@ -185,7 +190,7 @@ def _listed(
     return ListedShard(listed_task, len(clips) - dropped.total(), dict(sorted(dropped.items())), quarantined)
 
 
-def describe_settings(plan: PrecomputePlan, listed: dict[str, ListedShard]) -> dict[str, Any]:
+def describe_settings(plan: PrecomputePlan, listed: Mapping[str, ListedShard]) -> dict[str, Any]:
     """What the manifest records of curation: its settings, and what came of them, by source."""
     per_source: dict[str, Counter[str]] = {source.name: Counter() for source in plan.sources}
     for shard in listed.values():

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -56,6 +57,7 @@ class ChildPool:
         self._timeout_s = timeout_s
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
         self._executor: ThreadPoolExecutor | None = None
+        self._busy_s: list[float] = []
 
     def __enter__(self) -> Self:
         return self
@@ -98,12 +100,20 @@ class ChildPool:
 
     def _run_one(self, verb: str, data: bytes, settings: dict[str, Any]) -> Answer | DecodeError:
         child = self._idle.get()
+        started = time.monotonic()
         try:
             return child.run(verb, data, settings)
         except DecodeError as error:
             return error
         finally:
+            # append is atomic, += of several threads is not
+            self._busy_s.append(time.monotonic() - started)
             self._idle.put(child)
+
+    def take_busy_s(self) -> float:
+        """Seconds that the children worked since the last call, summed over them."""
+        busy, self._busy_s = self._busy_s, []
+        return sum(busy)
 
 
 class DecoderPool(ChildPool):

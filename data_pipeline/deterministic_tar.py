@@ -15,3 +15,8 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
+
+
+def size_of_tar(end: int) -> int:
+    """Bytes of a whole tar whose last member ends at `end`: two blocks of zeros, then up to a full record."""
+    return -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE

@@ -13,7 +13,7 @@ import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
@@ -83,10 +83,17 @@ class _HashedFile:
 
 
 class CacheShardWriter:
-    """Writes one shard: records into a local temporary file, then place, verify, and commit by the index fragment."""
+    """Writes one shard: records into a local temporary file, then place, verify, and commit by the index fragment.
 
-    def __init__(self, cache: str, name: str) -> None:
+    Args:
+        cache: folder of the cache.
+        name: of the shard.
+        require_held: asked before anything is written under a final name; raises where another job has the cache now.
+    """
+
+    def __init__(self, cache: str, name: str, require_held: Callable[[], None] = lambda: None) -> None:
         self._cache = cache
+        self._require_held = require_held
         self._name = name
         self._rows: list[IndexRow] = []
         descriptor, self._temporary = tempfile.mkstemp(suffix=".tar")
@@ -121,10 +128,12 @@ class CacheShardWriter:
         # a shard of which nothing was kept has no tar: WebDataset readers stop at an empty one
         if self._rows:
             path = shard_path(self._cache, self._name)
+            self._require_held()
             storage.put_file(self._temporary, path)
             _verify_placed(path, size, self._rows)
         else:
             os.remove(self._temporary)
+        self._require_held()
         write_index(index_path(self._cache, self._name), self._rows, notes)
 
     def abandon(self) -> None:

@@ -1,31 +1,32 @@
 """The Ray Data graph of raw shard -> latent cache: one task per shard, decode and encode fused in an actor.
 
-With `curation.enabled` a pass before it surveys the raw shards (`survey_actor.SurveyActor`), makes clip lists of the
-surveys (`curation.py`), and these are encoded.
-
-Ray itself stands in `ray_pool.py`. Frames never pass the object store: a `shard_actor.ShardActor` does a whole raw
-shard by itself; what travels are task names and counts. A shard is committed by its index fragment, so a restart redoes
-the uncommitted ones only.
+With `curation.enabled` a pass before it surveys the raw shards (`survey_actor.py`) and makes clip lists of the surveys
+(`curation.py`), which are what is encoded. Ray itself stands in `ray_pool.py`. Frames never pass the object store: a
+`shard_actor.ShardActor` does a whole raw shard by itself; what travels are task names and counts. A shard is committed
+by its index fragment, so a restart redoes the uncommitted ones only.
 
 One dead-letter table: `report.json` and `quarantine.txt`. Past `max_bad_fraction` the job fails, after the report is
 written; what was committed stays.
+
+One job at a time: it holds the cache's lease. Actors ask for it before they write, and the driver before the report and
+before the manifest, so that what is left of a job that was overtaken commits nothing.
 """
 
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from tqdm import tqdm
-
 from data_pipeline.attempts import ATTEMPTS
 from data_pipeline.clip_list import CURATION
 from data_pipeline.curation import (
+    DUPLICATES,
+    SCORES,
     ListedShard,
     describe_settings,
     format_counts,
@@ -43,23 +44,26 @@ from data_pipeline.precompute_plan import (
     describe_cache,
     plan_tasks,
     require_decoder,
+    require_own_shard,
     require_same_settings,
 )
-from data_pipeline.precompute_report import write_report
+from data_pipeline.precompute_progress import BadLimit, DoneShards, collect, collect_surveys
+from data_pipeline.precompute_report import require_enough, write_report
 from data_pipeline.ray_pool import ActorPool, run_on_ray
-from data_pipeline.shard_actor import ShardActor
+from data_pipeline.shard_actor import CALLS_PER_ACTOR, ShardActor
 from data_pipeline.survey_actor import SurveyActor
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
-from m4v_dist.errors import ConfigError, DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError
+from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint
+from m4v_dist.lease import Lease, hold, require_held
 
 logger = logging.getLogger(__name__)
 
-RunShards = Callable[[PrecomputePlan, list[ShardTask]], dict[str, ShardOutcome]]
-"""Does the pending shards and returns their outcomes by output name; `run_shards_on_ray` is the one of every job."""
-RunSurveys = Callable[[PrecomputePlan, list[ShardTask]], None]
-"""Surveys the pending shards; `run_surveys_on_ray` is the one of every job."""
+RunShards = Callable[[PrecomputePlan, list[ShardTask], Lease, BadLimit], DoneShards]
+"""Does the pending shards under a lease, until the limit is passed; `run_shards_on_ray` is the one of every job."""
+RunSurveys = Callable[[PrecomputePlan, list[ShardTask], Lease], None]
+"""Surveys the pending shards under a lease; `run_surveys_on_ray` is the one of every job."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def run_precompute(
             is written first).
         OutOfMemoryJobError: a clip does not fit the device that encodes it.
         RetriesExhaustedError: one shard lost its worker too often.
+        RunInUseError: another job is at work on this cache, or took it over.
     """
     started = time.monotonic()
     cache = plan.precompute.cache
@@ -101,32 +106,41 @@ def run_precompute(
     if existing is not None:
         require_same_settings(cache, existing, description)
     tasks = plan_tasks(plan, description)
-    with ExitStack() as until_done:
-        join_ray = _joined_once(ray_session, until_done)
-        listed = _curate(plan, tasks, join_ray, run_surveys or run_surveys_on_ray)
-        tasks = [listed[task.name].task if listed else task for task in tasks]
-        curation = describe_settings(plan, listed) if listed else None
-        committed = {task.name: outcome for task in tasks if (outcome := committed_outcome(cache, task)) is not None}
-        pending = [task for task in tasks if task.name not in committed]
-        if not pending and existing is not None and _is_finished(cache, existing, committed, curation):
+    unsurveyed = _unsurveyed(plan, tasks)
+    if not unsurveyed:
+        listed = make_lists(plan, tasks, writes=False) if plan.curation.enabled else {}
+        committed = _committed(cache, _with_lists(tasks, listed))
+        if len(committed) == len(tasks) and existing is not None and _is_finished(plan, existing, committed, listed):
             logger.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
             return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
-        logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
-        require_decoder(pending)
-        null_text = _null_text(plan)
+        require_decoder(task for task in tasks if task.name not in committed)
+    else:
+        require_decoder(tasks)
+    null_text = _null_text(plan)
+    with hold(cache, plan.precompute.lease_timeout_s) as lease, ExitStack() as until_done:
         _remove_leftovers(cache)
-        done_now: dict[str, ShardOutcome] = {}
-        if pending:
+        join_ray = _joined_once(ray_session, until_done)
+        listed = _curate(plan, tasks, lease, join_ray, run_surveys or run_surveys_on_ray)
+        tasks = _with_lists(tasks, listed)
+        # looked at once more: until the lease was claimed another job may have been at work
+        committed = _committed(cache, tasks)
+        pending = [task for task in tasks if task.name not in committed]
+        logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
+        limit = _limit(plan, tasks, committed, listed)
+        done = DoneShards(gave_up=limit.why_passed())
+        if pending and not done.gave_up:
             join_ray()
-            done_now = (run_shards or run_shards_on_ray)(plan, pending)
-            storage.remove(storage.join(cache, ATTEMPTS))
-    outcomes = {**committed, **done_now}
-    if listed:
-        outcomes = {name: listed[name].outcome_with(outcome) for name, outcome in outcomes.items()}
-    report = write_report(cache, outcomes, done_now, time.monotonic() - started)
-    _require_enough(plan, report)
-    manifest = _manifest(plan, description, tasks)
-    write_manifest(cache, manifest if curation is None else {**manifest, "curation": curation}, null_text)
+            done = (run_shards or run_shards_on_ray)(plan, pending, lease, limit)
+        require_held(cache, lease)
+        storage.remove(storage.join(cache, ATTEMPTS))
+        outcomes = _with_curation({**committed, **done.outcomes}, listed)
+        report = write_report(cache, outcomes, done, time.monotonic() - started)
+        require_enough(plan.precompute, report)
+        manifest = _manifest(plan, description, tasks)
+        if listed:
+            manifest["curation"] = describe_settings(plan, listed)
+        require_held(cache, lease)
+        write_manifest(cache, manifest, null_text)
     return PrecomputeResult(False, report)
 
 
@@ -143,32 +157,77 @@ def _joined_once(ray_session: Callable[[], AbstractContextManager[object]], stac
     return join
 
 
+def _unsurveyed(plan: PrecomputePlan, tasks: Sequence[ShardTask]) -> list[ShardTask]:
+    """What pass 1 has yet to do; nothing where curation is off."""
+    if not plan.curation.enabled:
+        return []
+    return [task for task in survey_tasks(plan, tasks) if not is_surveyed(plan.precompute.cache, task)]
+
+
 def _curate(
-    plan: PrecomputePlan, tasks: list[ShardTask], join_ray: Callable[[], None], run_surveys: RunSurveys
+    plan: PrecomputePlan,
+    tasks: Sequence[ShardTask],
+    lease: Lease,
+    join_ray: Callable[[], None],
+    run_surveys: RunSurveys,
 ) -> dict[str, ListedShard]:
-    """Pass 1: survey what is not surveyed yet, then make the clip lists; nothing where curation is off."""
+    """Pass 1: survey what is not surveyed yet, then write the clip lists; nothing where curation is off."""
     if not plan.curation.enabled:
         return {}
-    cache = plan.precompute.cache
-    surveys = survey_tasks(plan, tasks)
-    pending = [task for task in surveys if not is_surveyed(cache, task)]
+    pending = _unsurveyed(plan, tasks)
     if pending:
-        logger.info(
-            "curation: %d shards: %d surveyed before, %d to do", len(tasks), len(tasks) - len(pending), len(pending)
-        )
-        _remove_leftovers(cache)
+        num_before = len(tasks) - len(pending)
+        logger.info("curation: %d shards: %d surveyed before, %d to do", len(tasks), num_before, len(pending))
         join_ray()
-        run_surveys(plan, pending)
+        run_surveys(plan, pending, lease)
+    require_held(plan.precompute.cache, lease)
     listed = make_lists(plan, tasks)
     logger.info("curation\n%s", format_counts(listed))
     return listed
 
 
+def _with_lists(tasks: Sequence[ShardTask], listed: Mapping[str, ListedShard]) -> list[ShardTask]:
+    return [listed[task.name].task if listed else task for task in tasks]
+
+
+def _with_curation(outcomes: dict[str, ShardOutcome], listed: Mapping[str, ListedShard]) -> dict[str, ShardOutcome]:
+    """What became of all clips: of those too that pass 1 dropped, or could not survey."""
+    nothing_done = {
+        name: ShardOutcome(shard.task.source, shard.task.fingerprint)
+        for name, shard in listed.items()
+        if shard.quarantined
+    }
+    return {
+        name: listed[name].outcome_with(outcome) if listed else outcome
+        for name, outcome in (nothing_done | outcomes).items()
+    }
+
+
+def _limit(
+    plan: PrecomputePlan,
+    tasks: Sequence[ShardTask],
+    committed: Mapping[str, ShardOutcome],
+    listed: Mapping[str, ListedShard],
+) -> BadLimit:
+    num_bad = sum(len(shard.quarantined) for shard in listed.values())
+    num_clips = sum(shard.num_clips for shard in listed.values()) if listed else None
+    return BadLimit(plan.precompute.max_bad_fraction, len(tasks), committed.values(), num_bad, num_clips)
+
+
+def _committed(cache: str, tasks: Iterable[ShardTask]) -> dict[str, ShardOutcome]:
+    return {task.name: outcome for task in tasks if (outcome := committed_outcome(cache, task)) is not None}
+
+
 def _is_finished(
-    cache: str, manifest: Mapping[str, Any], committed: Mapping[str, ShardOutcome], curation: dict[str, Any] | None
+    plan: PrecomputePlan,
+    manifest: Mapping[str, Any],
+    committed: Mapping[str, ShardOutcome],
+    listed: Mapping[str, ListedShard],
 ) -> bool:
     """Whether all that stands beside the shards is there and of these shards and lists, no more and no fewer."""
-    beside = all(storage.exists(storage.join(cache, name)) for name in (NULL_PROMPT, "report.json"))
+    names = (NULL_PROMPT, "report.json", *((DUPLICATES, SCORES) if listed else ()))
+    beside = all(storage.exists(storage.join(plan.precompute.cache, name)) for name in names)
+    curation = describe_settings(plan, listed) if listed else None
     return beside and manifest["fragments"] == sorted(committed) and manifest.get("curation") == curation
 
 
@@ -182,115 +241,30 @@ def _remove_leftovers(cache: str) -> None:
                 storage.remove(storage.join(cache, folder, name))
 
 
-def run_shards_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
+def run_shards_on_ray(plan: PrecomputePlan, pending: list[ShardTask], lease: Lease, limit: BadLimit) -> DoneShards:
     """Do the pending shards in an actor pool on the Ray that is up; see `RunShards` and `collect`."""
     tasks = [json.dumps(asdict(task)) for task in pending]
-    return collect(run_on_ray(ShardActor, (plan,), tasks, ActorPool.of(plan.precompute)), len(pending))
+    pool = ActorPool.of(plan.precompute, CALLS_PER_ACTOR)
+    return collect(run_on_ray(ShardActor, (plan, lease), tasks, pool), len(pending), limit)
 
 
-def run_surveys_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> None:
+def run_surveys_on_ray(plan: PrecomputePlan, pending: list[ShardTask], lease: Lease) -> None:
     """Survey the pending shards in an actor pool on the Ray that is up; see `RunSurveys` and `collect_surveys`."""
-    settings = plan.curation
-    pool = ActorPool(settings.num_actors, settings.cpus_per_actor, 0.0, plan.precompute.wait_for_nodes)
     tasks = [json.dumps(asdict(task)) for task in pending]
-    collect_surveys(run_on_ray(SurveyActor, (plan,), tasks, pool), len(pending))
-
-
-def collect(rows: Iterable[Mapping[str, Any]], num_shards: int) -> dict[str, ShardOutcome]:
-    """Gather what the actors report, with a progress bar.
-
-    Args:
-        rows: `name`, `outcome`, `error` and `exit_code` of each shard, see `ShardActor`.
-        num_shards: how many come.
-
-    Returns:
-        outcomes by output name.
-
-    Raises:
-        JobError: once all are done, if some failed: of the failure that says most (see `_raise_failures`).
-    """
-    done: dict[str, ShardOutcome] = {}
-    for row, bar in _done_rows(rows, num_shards, "precompute"):
-        done[row["name"]] = ShardOutcome(**json.loads(row["outcome"]))
-        bar.set_postfix(
-            kept=sum(outcome.kept for outcome in done.values()),
-            bad=sum(len(outcome.quarantined) for outcome in done.values()),
-        )
-    return done
-
-
-def collect_surveys(rows: Iterable[Mapping[str, Any]], num_shards: int) -> None:
-    """The same for surveys, whose outcome is a number of pieces."""
-    pieces = 0
-    for row, bar in _done_rows(rows, num_shards, "survey"):
-        pieces += int(row["outcome"])
-        bar.set_postfix(pieces=pieces)
-
-
-def _done_rows(
-    rows: Iterable[Mapping[str, Any]], num_shards: int, what: str
-) -> Iterator[tuple[Mapping[str, Any], "tqdm[Any]"]]:
-    """Rows of shards that were done, with the bar that counts all; raises for the others once all have come."""
-    failures: list[Mapping[str, Any]] = []
-    with tqdm(total=num_shards, desc=what, unit="shard") as bar:
-        for row in rows:
-            if row["exit_code"]:
-                failures.append(row)
-            else:
-                yield row, bar
-            bar.update()
-    if failures:
-        _raise_failures(failures, num_shards, what)
-
-
-def _raise_failures(failures: Sequence[Mapping[str, Any]], num_shards: int, what: str) -> None:
-    """Raise for all failed shards together; the order in which they came decides nothing.
-
-    Out of memory goes before workers that died, for it is often why; both go before data, which a rerun may mend.
-    """
-    codes = {row["exit_code"] for row in failures}
-    kinds: tuple[type[JobError], ...] = (OutOfMemoryJobError, RetriesExhaustedError, ConfigError)
-    kind = next((kind for kind in kinds if kind.exit_code in codes), DataError)
-    of_kind = [row for row in failures if row["exit_code"] == kind.exit_code] or failures
-    for row in failures:
-        logger.error("%s: %s", row["name"], row["error"])
-    first = min(of_kind, key=lambda row: str(row["name"]))
-    raise kind(
-        f"{what}: {len(failures)} of {num_shards} shards could not be done ({first['name']}: {first['error']}); "
-        "the others are committed: mend the cause and run the same command again."
-    )
-
-
-def _require_enough(plan: PrecomputePlan, report: dict[str, Any]) -> None:
-    bad, total, limit = len(report["quarantined"]), report["num_clips"], plan.precompute.max_bad_fraction
-    where = storage.join(plan.precompute.cache, "quarantine.txt")
-    damaged, num_shards = report["damaged_shards"], report["num_shards"]
-    if len(damaged) > limit * num_shards:
-        first = damaged[0]
-        raise DataError(
-            f"precompute: {len(damaged)} of {num_shards} shards are damaged ({len(damaged) / num_shards:.1%}), more "
-            f"than precompute.max_bad_fraction={limit:g}: {first['shard']} of {first['source']} after "
-            f"{first['num_clips_before']} clips ({first['error']}); how many clips are lost cannot be known. See "
-            f"{where}, write these shards anew, or raise the limit. The committed shards stay."
-        )
-    if bad > limit * total:
-        raise DataError(
-            f"precompute: {bad} of {total} clips are quarantined ({bad / total:.1%}), more than "
-            f"precompute.max_bad_fraction={limit:g}; see {where}, mend or drop these clips, or raise the limit. "
-            "The committed shards stay."
-        )
-    if report["kept"] == 0:
-        raise DataError(
-            f"precompute: none of {total} clips was kept (filtered: {report['filtered']}, quarantined: {bad}); "
-            f"see {where}, and lower precompute.min_frames={plan.precompute.min_frames} if clips are short."
-        )
+    pool = ActorPool.of_surveys(plan.curation, plan.precompute.wait_for_nodes)
+    collect_surveys(run_on_ray(SurveyActor, (plan, lease), tasks, pool), len(pending))
 
 
 def _manifest(plan: PrecomputePlan, description: dict[str, Any], tasks: list[ShardTask]) -> dict[str, Any]:
+    """The manifest of all shards, each looked at once more: that this job's settings made it, and its tar is whole."""
+    cache = plan.precompute.cache
     totals: dict[str, Counter[str]] = {}
     records: Counter[str] = Counter()
+    sizes = storage.list_sizes(storage.join(cache, "shards"))
     for task in tasks:
-        for row in read_index(index_path(plan.precompute.cache, task.name))[0]:
+        rows, notes = read_index(index_path(cache, task.name))
+        require_own_shard(cache, task, rows, notes, sizes)
+        for row in rows:
             counts = totals.setdefault(f"{row.height_px}x{row.width_px}", Counter())
             counts.update(records=1, frames=row.num_frames, latents=row.num_latents, size_bytes=row.size_bytes)
             records[row.source] += 1

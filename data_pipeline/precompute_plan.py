@@ -7,14 +7,15 @@ is stored in its index fragment, so that a restart knows what it may skip.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.decode import DecodeRule
 from data_pipeline.decoder_pool import require_decord
+from data_pipeline.deterministic_tar import size_of_tar
 from data_pipeline.latent_cache import FORMAT_VERSION, index_path, require_fingerprint, shard_path
-from data_pipeline.manifest import list_shards, read_index
+from data_pipeline.manifest import IndexRow, list_shards, read_index
 from data_pipeline.survey import SurveyRule
 from m4v_dist import storage
 from m4v_dist.config.curation_settings import CurationSettings, CurationThresholds
@@ -218,3 +219,28 @@ def committed_outcome(cache: str, task: ShardTask) -> ShardOutcome | None:
     if notes["fingerprint"] != task.fingerprint or (rows and not storage.exists(shard_path(cache, task.name))):
         return None
     return ShardOutcome(**notes)
+
+
+def require_own_shard(
+    cache: str, task: ShardTask, rows: Sequence[IndexRow], notes: Mapping[str, Any], sizes: Mapping[str, int]
+) -> None:
+    """Check that a committed shard is of this task, and its tar as long as its rows say.
+
+    Args:
+        cache: folder of the cache.
+        task: that it should be of.
+        rows, notes: its index fragment.
+        sizes: of the files in `shards/`, by name.
+
+    Raises:
+        DataError: another job wrote one of the two after this one; the message says what to remove.
+    """
+    end = max((row.offset_bytes + row.size_bytes for row in rows), default=0)
+    expected = size_of_tar(end) if rows else None
+    found = sizes.get(f"{task.name}.tar")
+    if notes["fingerprint"] != task.fingerprint or found != expected:
+        raise DataError(
+            f"{shard_path(cache, task.name)}: holds {found} bytes where its index, of fingerprint "
+            f"{notes['fingerprint']}, says {expected}, and this job's fingerprint is {task.fingerprint}: another job "
+            f"wrote here. Remove {index_path(cache, task.name)}, and run again."
+        )

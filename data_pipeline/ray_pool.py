@@ -11,10 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from m4v_dist.config.curation_settings import CurationSettings
 from m4v_dist.config.data_settings import PrecomputeSettings
 from m4v_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+_MIN_SHARDS_A_CALL = 4
+"""Tasks for each call of each actor, from which on an actor is given several calls at once."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +26,36 @@ class ActorPool:
     """How many actors do the work, and what each of them reserves.
 
     Args:
-        num_actors: actors.
+        min_actors, max_actors: actors to begin with, and the most there may be: the pool grows while tasks wait and
+            there is room (nodes that come), and shrinks to the fewest as nodes go.
         cpus_per_actor, gpus_per_actor: what Ray reserves for one.
         waits_for_nodes: the cluster grows: a pool that no node can hold yet waits.
+        calls_per_actor: tasks that an actor is given at once, each in a thread; the actor says what of them overlaps.
     """
 
-    num_actors: int
+    min_actors: int
+    max_actors: int
     cpus_per_actor: float
     gpus_per_actor: float
     waits_for_nodes: bool
+    calls_per_actor: int = 1
 
     @classmethod
-    def of(cls, settings: PrecomputeSettings) -> "ActorPool":
-        """The pool that encodes."""
-        return cls(settings.num_actors, settings.cpus_per_actor, settings.gpus_per_actor, settings.wait_for_nodes)
+    def of(cls, settings: PrecomputeSettings, calls_per_actor: int = 1) -> "ActorPool":
+        """The pool of a precompute."""
+        return cls(
+            settings.min_actors or settings.num_actors,
+            settings.num_actors,
+            settings.cpus_per_actor,
+            settings.gpus_per_actor,
+            settings.wait_for_nodes,
+            calls_per_actor,
+        )
+
+    @classmethod
+    def of_surveys(cls, settings: CurationSettings, waits_for_nodes: bool) -> "ActorPool":
+        """The pool of pass 1."""
+        return cls(1, settings.num_actors, settings.cpus_per_actor, 0.0, waits_for_nodes)
 
 
 def run_on_ray(
@@ -61,12 +81,24 @@ def run_on_ray(
     context = ray.data.DataContext.get_current()
     # our own bar counts shards; Ray's would count blocks beside it
     context.enable_progress_bars = False
+    # A task is a whole shard, minutes long, so none waits behind another in an actor's queue: the pool is full, and
+    # grows if it may, when every actor has its calls.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     require_room_for_an_actor(pool, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    most = min(pool.max_actors, len(tasks))
+    # A second call is worth having where shards are many; where they are few it would keep one from an idle actor.
+    calls = pool.calls_per_actor if len(tasks) >= _MIN_SHARDS_A_CALL * pool.calls_per_actor * most else 1
     rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks)).map_batches(
         actor,
         fn_constructor_args=tuple(constructor_args),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(pool.num_actors, len(tasks))),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=min(pool.min_actors, most),
+            max_size=most,
+            max_tasks_in_flight_per_actor=calls,
+            max_concurrent_calls_per_actor=calls,
+            enable_true_multi_threading=calls > 1,
+        ),
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor or None,
     )

@@ -21,6 +21,7 @@ from data_pipeline.precompute_plan import PrecomputePlan, ShardTask
 from data_pipeline.raw_records import fault_of
 from data_pipeline.survey import Survey
 from m4v_dist.errors import DataError, JobError
+from m4v_dist.lease import Lease, require_held
 
 
 class SurveyActor:
@@ -28,10 +29,12 @@ class SurveyActor:
 
     Args:
         plan: what to do.
+        lease: on the cache, as for `ShardActor`.
     """
 
-    def __init__(self, plan: PrecomputePlan) -> None:
+    def __init__(self, plan: PrecomputePlan, lease: Lease | None = None) -> None:
         self._plan = plan
+        self._lease = lease
         self._rule = asdict(plan.survey_rule)
         self._pool = ChildPool(plan.curation.processes_per_actor, plan.curation.timeout_s)
 
@@ -60,6 +63,7 @@ class SurveyActor:
         """Survey one shard and commit it; returns its number of pieces."""
         clips: list[SurveyedClip] = []
         errors: dict[str, str] = {}
+        self._require_held()
         for raw, result in self._surveyed(task):
             if isinstance(result, DecodeError):
                 errors[raw.key] = str(result)
@@ -67,8 +71,13 @@ class SurveyActor:
                 clips += _rows(raw, result)
         clips = _without_clashes(clips, errors)
         notes = {"fingerprint": task.fingerprint, "source": task.source, "errors": errors}
+        self._require_held()
         write_clips(survey_path(self._plan.precompute.cache, task.name), clips, notes)
         return len(clips)
+
+    def _require_held(self) -> None:
+        if self._lease is not None:
+            require_held(self._plan.precompute.cache, self._lease)
 
     def _surveyed(self, task: ShardTask) -> Iterator[tuple[RawClip, Survey | DecodeError]]:
         waiting: list[RawClip] = []

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOOR_1 = {
     "errors", "stop_request", "retries", "durable", "batch", "object_store", "storage", "tensor_files", "weights_file",
-    "config",
+    "lease", "config",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"object_store", "durable", "errors"},
     "tensor_files": {"storage"},
     "weights_file": {"storage", "tensor_files", "errors"},
+    "lease": {"storage", "retries", "errors"},
     "config": {"errors"},
     "kernels": set(),
     "parallel": {"config", "errors"},
@@ -31,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objective": {"batch", "config", "errors"},
     "sampling": {"objective", "batch", "config", "errors"},
     "report": {"config", "storage", "errors"},
-    "trainer": {"parallel", "batch", "config", "storage", "tensor_files", "retries", "errors", "stop_request"},
+    "trainer": {"parallel", "batch", "config", "storage", "tensor_files", "lease", "retries", "errors", "stop_request"},
     "launch": {"config", "storage", "retries", "errors", "stop_request"},
     "bench": {
         "model",
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "storage",
         "errors",
     },
-    "data_pipeline": {"frozen", "batch", "config", "storage", "tensor_files", "errors"},
+    "data_pipeline": {"frozen", "batch", "config", "storage", "tensor_files", "lease", "errors"},
 }
 """Which rooms a room may import, itself left out. `jobs` may import all; nobody imports `jobs`."""
 

@@ -7,7 +7,7 @@ import pytest
 from data_pipeline.ray_pool import ActorPool, require_room_for_an_actor
 from m4v_dist.errors import ConfigError
 
-POOL = ActorPool(num_actors=1, cpus_per_actor=1.0, gpus_per_actor=0.0, waits_for_nodes=False)
+POOL = ActorPool(min_actors=1, max_actors=1, cpus_per_actor=1.0, gpus_per_actor=0.0, waits_for_nodes=False)
 
 
 def test_an_actor_that_no_node_can_hold_is_refused(caplog: pytest.LogCaptureFixture) -> None:
