@@ -89,7 +89,7 @@ def run_precompute(
         logger.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
         return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
     logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
-    require_decoder(pending)
+    require_decoder(pending, plan.precompute.decoder)
     null_text = _null_text(plan)
     _remove_leftovers(cache)
     done_now: dict[str, ShardOutcome] = {}

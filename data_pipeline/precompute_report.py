@@ -28,6 +28,7 @@ def write_report(
     report = {
         "kept": sum(outcome.kept for outcome in ordered),
         "filtered": dict(sum((Counter(outcome.filtered) for outcome in ordered), Counter())),
+        "decoders": dict(sum((Counter(outcome.decoders) for outcome in ordered), Counter())),
         "quarantined": quarantined,
         "damaged_shards": damaged,
         "num_clips": sum(outcome.num_clips for outcome in ordered),
@@ -63,5 +64,6 @@ def format_report(report: dict[str, Any]) -> str:
             f"damaged shard: {entry['source']}/{entry['shard']}: {entry['error']}; {entry['num_clips_before']} clips "
             "before, an unknown number lost"
         )
+    lines.append(f"kept, by decoder: {report['decoders']}")
     lines.append(f"{report['num_clips']} clips, {report['clips_per_s']} clips/s this run")
     return "\n".join(lines)

@@ -173,6 +173,7 @@ class ShardActor:
             return
         writer.add(_row(task, raw, clip, encoded), CacheRecord(encoded.latents, encoded.text))
         outcome.kept += 1
+        outcome.decoders[clip.decoder] = outcome.decoders.get(clip.decoder, 0) + 1
 
 
 def _quarantine(outcome: ShardOutcome, task: ShardTask, key: str, error: str) -> None:
