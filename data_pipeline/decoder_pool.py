@@ -21,7 +21,8 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from data_pipeline.decode import DecodedClip, DecodeError, DecodeRule, Span, broken_decord, printable
+from data_pipeline.decode import DecodedClip, DecodeError, DecodeRule, Span, printable
+from data_pipeline.decode_decord import broken_decord
 from data_pipeline.decoder_child import Answer, receive, send
 from m4v_dist.errors import ConfigError
 

@@ -113,9 +113,9 @@ def run_precompute(
         if len(committed) == len(tasks) and existing is not None and _is_finished(plan, existing, committed, listed):
             logger.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
             return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
-        require_decoder(task for task in tasks if task.name not in committed)
+        require_decoder([task for task in tasks if task.name not in committed], plan.precompute.decoder)
     else:
-        require_decoder(tasks)
+        require_decoder(tasks, plan.precompute.decoder)
     null_text = _null_text(plan)
     with hold(cache, plan.precompute.lease_timeout_s) as lease, ExitStack() as until_done:
         _remove_leftovers(cache)

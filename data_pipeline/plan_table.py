@@ -29,7 +29,7 @@ def describe_plan(plan: PrecomputePlan) -> str:
     listed, last_line = _listed(plan, tasks)
     tasks = [listed[task.name].task if listed else task for task in tasks]
     todo = [task for task in tasks if committed_outcome(plan.precompute.cache, task) is None]
-    require_decoder(todo)
+    require_decoder(todo, plan.precompute.decoder)
     longest = (plan.precompute.num_frames - 1) // description["temporal_stride"] + 1
     lines, total = [f"{'source':<20}{'shards':>8}{'to do':>8}{'clips':>10}{'at most MiB':>14}"], 0.0
     for source in plan.sources:

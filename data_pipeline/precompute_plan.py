@@ -30,9 +30,12 @@ from m4v_dist.errors import DataError
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
 
-RESIZE_RULE = "resized inside the decoder (bicubic) to cover the bucket of the nearest aspect ratio, centre crop"
+RESIZE_RULE = (
+    "resized inside the decoder (bilinear; pictures bicubic) to cover the bucket of the nearest aspect ratio, "
+    "centre crop"
+)
 FRAME_RULE = "8k+1 frames from the start"
-FPS_RULE = "nearest frames at min(source fps, fps)"
+FPS_RULE = "frames nearest in time at min(mean source fps, fps)"
 _FINGERPRINT_EDGE_BYTES = 65536
 
 
@@ -73,7 +76,10 @@ class PrecomputePlan:
     def decode_rule(self, source: str) -> DecodeRule:
         """How the clips of a source are cut."""
         buckets = tuple((bucket.height_px, bucket.width_px) for bucket in self.buckets_of(source))
-        return DecodeRule(buckets, self.precompute.num_frames, self.precompute.fps)
+        settings = self.precompute
+        return DecodeRule(
+            buckets, settings.num_frames, settings.fps, settings.decoder, int(settings.max_decode_gib * 2**30)
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class ShardOutcome:
         kept: records written.
         filtered: clips dropped, by reason.
         quarantined: clips that failed: key, shard (file name), source, error.
+        decoders: clips kept, by what decoded them.
         num_cut_captions: captions longer than the text encoder takes.
         damage: shard (file name), source, error, where the rest of the raw shard could not be read; empty where it was
             whole. The clips lost there are in no other count: nobody knows how many they are.
@@ -119,6 +126,7 @@ class ShardOutcome:
     kept: int = 0
     filtered: dict[str, int] = field(default_factory=dict)
     quarantined: list[dict[str, str]] = field(default_factory=list)
+    decoders: dict[str, int] = field(default_factory=dict)
     num_cut_captions: int = 0
     damage: dict[str, str] = field(default_factory=dict)
 
@@ -145,6 +153,7 @@ def describe_cache(plan: PrecomputePlan) -> dict[str, Any]:
         "min_frames": plan.precompute.min_frames,
         "fps": plan.precompute.fps,
         "buckets": [[bucket.height_px, bucket.width_px] for bucket in plan.precompute.buckets],
+        "decoder": plan.precompute.decoder,
     }
 
 
@@ -200,13 +209,13 @@ def _input_fingerprint(path: str) -> str:
     return f"{size}-{hashlib.blake2b(ends, digest_size=16).hexdigest()}"
 
 
-def require_decoder(tasks: Iterable[ShardTask]) -> None:
+def require_decoder(tasks: Iterable[ShardTask], decoder: str) -> None:
     """Check that what the tasks need to decode can be imported here; stills need nothing that could be missing.
 
     Raises:
         ConfigError: decord is missing or broken.
     """
-    if any(task.media == "video" for task in tasks):
+    if decoder in {"auto", "decord"} and any(task.media == "video" for task in tasks):
         require_decord()
 
 

@@ -35,6 +35,7 @@ def write_report(
     report = {
         "kept": sum(outcome.kept for outcome in ordered),
         "filtered": dict(sum((Counter(outcome.filtered) for outcome in ordered), Counter())),
+        "decoders": dict(sum((Counter(outcome.decoders) for outcome in ordered), Counter())),
         "quarantined": quarantined,
         "damaged_shards": damaged,
         "num_clips": sum(outcome.num_clips for outcome in ordered),
@@ -75,6 +76,7 @@ def format_report(report: dict[str, Any]) -> str:
     if report["seconds_in"]:
         parts = ", ".join(f"{name.removesuffix('_s')} {value:.1f}" for name, value in report["seconds_in"].items())
         lines.append(f"seconds of all workers: {parts} (wait: encoders had no clip to encode)")
+    lines.append(f"kept, by decoder: {report['decoders']}")
     lines.append(f"{report['num_clips']} clips, {report['clips_per_s']} clips/s this run")
     return "\n".join(lines)
 

@@ -221,6 +221,7 @@ class ShardActor:
         with shard.timed("write_s"):
             writer.add(_row(shard.task, raw, wanted, clip, encoded), CacheRecord(encoded.latents, encoded.text))
         outcome.kept += 1
+        outcome.decoders[clip.decoder] = outcome.decoders.get(clip.decoder, 0) + 1
 
 
 def _records(task: ShardTask) -> Iterator[_Read | ShardDamage]:

@@ -59,11 +59,12 @@ def read_frames(
         facts = probe_video(data)
     except MediaError as error:
         raise DecodeError(printable(str(error))) from error
+    small = _small(facts.size, short_side_px)
     info = SourceInfo(*facts.size, facts.fps, facts.num_frames_in_header, facts.container, facts.codec, "pyav")
 
     def frames() -> Iterator[tuple[float, Frames]]:
         try:
-            yield from stream_frames(data, facts, _small(facts.size, short_side_px))
+            yield from zip(facts.times_s().tolist(), stream_frames(data, facts, small), strict=True)
         except MediaError as error:
             raise DecodeError(printable(str(error))) from error
 

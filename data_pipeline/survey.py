@@ -3,13 +3,12 @@
 Runs in a decoder child, frame by frame over small pictures: what is held does not grow with the clip, but for the list
 of pieces itself. Nothing is judged here, so that other thresholds need no new survey (`clip_list.py` judges).
 
-A *piece* is a part of one scene: the first `longest` frames of it, the next, and a rest. `longest` is what the longest
-clip of the cache spans at the clip's own rate. A piece is measured on the frames that it holds.
+A *piece* is a part of one scene: the frames that the longest clip of the cache spans, as many again, and a rest. It is
+measured on the frames that it holds.
 
 Legend: `h` `w` pixels, `c` red, green, blue.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -56,10 +55,9 @@ class SurveyRule:
     cut_change: float
     cut_ratio: float
 
-    def longest(self, source_fps: float) -> int:
-        """Frames of a source at `source_fps` that the longest clip spans (see `decode.choose_frames`)."""
-        step = source_fps / min(source_fps, self.fps)
-        return int(math.floor((self.num_frames - 1) * step + 0.5)) + 1
+    def longest_s(self, source_fps: float) -> float:
+        """Seconds from the first to the last frame of the longest clip of a source (see `decode.choose_frames`)."""
+        return (self.num_frames - 1) / min(source_fps, self.fps)
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class Piece:
         part: number of the piece in its scene, from 0.
         first_frame: in source frames, in the order of presentation.
         num_frames: in source frames.
+        seconds: that it is shown; 0 for a still.
         motion: mean length of the optical flow, in short sides of the picture a second.
         static_share: frames that repeat the one before, of those that have one before them in the piece.
         black_share: frames that are black.
@@ -84,6 +83,7 @@ class Piece:
     part: int
     first_frame: int
     num_frames: int
+    seconds: float
     motion: float
     static_share: float
     black_share: float
@@ -125,6 +125,7 @@ class _Seen:
     """What is kept of one frame until it is known to which scene it belongs.
 
     Args:
+        seconds: when it is shown.
         luma: at the size of flow.
         scores: of the frame by itself.
         is_repeat: whether it repeats the frame before it.
@@ -132,6 +133,7 @@ class _Seen:
         flow: (number of the sample before, length in short sides, seconds since it); None where there is none.
     """
 
+    seconds: float
     luma: Picture
     scores: PictureScores
     is_repeat: bool
@@ -141,12 +143,15 @@ class _Seen:
 
 @dataclass
 class _Sums:
-    """Running sums over the frames of one piece."""
+    """Running sums over the frames of one piece; the rate is that of the file, 0 for a still."""
 
+    fps: float
     scene: int
     part: int
     first_frame: int
     num_frames: int = 0
+    first_s: float = 0.0
+    last_s: float = 0.0
     num_repeats: int = 0
     num_black: int = 0
     brightness: float = 0.0
@@ -157,6 +162,8 @@ class _Sums:
 
     def add(self, seen: _Seen) -> None:
         self.num_repeats += seen.is_repeat and self.num_frames > 0
+        self.first_s = self.first_s if self.num_frames else seen.seconds
+        self.last_s = seen.seconds
         self.num_frames += 1
         self.num_black += seen.scores.is_black
         self.brightness += seen.scores.brightness
@@ -177,6 +184,7 @@ class _Sums:
             part=self.part,
             first_frame=self.first_frame,
             num_frames=self.num_frames,
+            seconds=round(self.last_s - self.first_s + 1 / self.fps, 3) if self.fps else 0.0,
             motion=round(self.flow[0] / self.flow[1], 4) if self.flow[1] else 0.0,
             static_share=round(self.num_repeats / max(1, self.num_frames - 1), 4),
             black_share=round(self.num_black / self.num_frames, 4),
@@ -231,12 +239,14 @@ def cut_and_score(frames: Iterator[tuple[float, Picture]], fps: float, rule: Sur
     Yields:
         the pieces in order; together they hold every frame once.
     """
-    longest = rule.longest(fps) if fps else 1
-    sums = _Sums(0, 0, 0)
+    longest_s = rule.longest_s(fps) if fps else 0.0
+    sums = _Sums(fps, 0, 0, 0)
     for number, (is_cut, seen) in enumerate(_settled(frames, fps, rule)):
-        if sums.num_frames and (is_cut or sums.num_frames == longest):
+        # a microsecond, for time stamps are rounded
+        is_full = sums.last_s - sums.first_s >= longest_s - 1e-6
+        if sums.num_frames and (is_cut or is_full):
             yield sums.piece()
-            sums = _Sums(sums.scene + is_cut, 0 if is_cut else sums.part + 1, number)
+            sums = _Sums(fps, sums.scene + is_cut, 0 if is_cut else sums.part + 1, number)
         sums.add(seen)
     if sums.num_frames:
         yield sums.piece()
@@ -285,7 +295,7 @@ class _Watch:
             self._sample = (self._frame, seconds, luma)
         self._last = luma
         self._frame += 1
-        return _Seen(luma, score_picture(luma), is_repeat, how_sharp, flow)
+        return _Seen(seconds, luma, score_picture(luma), is_repeat, how_sharp, flow)
 
     def _flow_since_sample(self, seconds: float, luma: Picture) -> tuple[int, float, float] | None:
         if self._sample is None:

@@ -112,7 +112,6 @@ def _rows(raw: RawClip, survey: Survey) -> list[SurveyedClip]:
             key=raw.key,
             clip_key=raw.key if piece.first_frame == 0 else f"{raw.key}-f{piece.first_frame:06d}",
             content_hash=content_hash,
-            seconds=round(piece.num_frames / survey.fps, 3) if survey.fps else 0.0,
             fps=survey.fps,
             height_px=survey.height_px,
             width_px=survey.width_px,

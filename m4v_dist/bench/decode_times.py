@@ -104,10 +104,10 @@ def decode_page(times: Sequence[DecodeTimes]) -> str:
 
 def _clip(data: bytes, kind: str, buckets: tuple[tuple[int, int], ...], *, is_sparse: bool) -> Clip:
     facts = probe_video(data)
-    num_frames = len(facts.times_s)
+    num_frames = facts.num_frames
     fps = facts.fps * (NUM_SPARSE - 1) / max(1, num_frames - 1) if is_sparse else facts.fps
     rule = DecodeRule(buckets, NUM_SPARSE if is_sparse else _ALL_FRAMES, min(fps, facts.fps))
-    indices, _ = choose_frames(num_frames, facts.fps, rule)
+    indices, _ = choose_frames(facts.times_s(), facts.fps, rule)
     return Clip(data, kind, cover_size(facts.size, choose_bucket(facts.size, buckets)), indices, rule)
 
 

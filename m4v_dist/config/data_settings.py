@@ -61,6 +61,14 @@ class PrecomputeSettings(Settings):
     lease_timeout_s: float = Field(
         default=60.0, ge=1, description="Seconds without a heartbeat after which another job may take the cache over."
     )
+    decoder: Literal["auto", "decord", "pyav", "torchcodec"] = Field(
+        default="auto",
+        description="auto: decord where it is trusted, PyAV for other video and wherever decord fails or differs from "
+        "the file's packets. The others decode all video by themselves; torchcodec is not among our dependencies.",
+    )
+    max_decode_gib: float = Field(
+        default=4.0, gt=0, description="A clip that may take more memory in its decoder is quarantined, not decoded."
+    )
     timeout_s: float = Field(default=60.0, gt=0, description="A clip that decodes longer is killed and retried alone.")
     num_retries: int = Field(default=2, ge=0, description="Retries of a clip alone, before it is quarantined.")
     max_bad_fraction: Fraction = Field(

@@ -1,41 +1,79 @@
-"""Video files in memory, asked for their facts and read once from front to back, every frame verified; through PyAV.
+"""Video files in memory: their facts, and their frames in one verified pass; through PyAV.
 
-`probe_video` reads a file's packets and decodes nothing (about 2 ms for a short clip): what stream, of which size, and
-when each frame is to be shown. `stream_frames` decodes in one pass and holds what comes to that. Frames are upright
-and in square pixels. The largest video stream by area is taken; attached pictures are none. No torch is imported.
+`probe_video` reads the packets and decodes one frame: which stream, of which size, and when each frame is shown.
+`stream_frames` decodes front to back and holds the file to that. Frames are upright; `VideoFacts.size` is in square
+pixels. The largest video stream by area is taken; attached pictures are none. No torch is imported.
+
+Not done: deinterlacing, tone mapping of HDR, blending of an alpha channel (its colours are taken as they are).
 
 Legend: `h` `w` pixels, `c` red, green, blue.
 """
 
 import io
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
+from m4v_dist.frozen.declared_size import missing_bytes
+from m4v_dist.frozen.parameter_sets import keeps_its_parameters
 from m4v_dist.frozen.video_file import Frames, MediaError
 
-MAX_FPS = 1000.0
+_MAX_FPS = 1000.0
+_ONE = 1 << 16
+"""1 in the fixed point numbers of a display matrix."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a stored picture becomes upright: first transposed, then mirrored."""
+
+    is_transposed: bool = False
+    is_mirrored_left_right: bool = False
+    is_mirrored_up_down: bool = False
+
+    @property
+    def is_mirror_image(self) -> bool:
+        """Whether it is no rotation."""
+        return (self.is_transposed + self.is_mirrored_left_right + self.is_mirrored_up_down) % 2 == 1
+
+    def of_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the upright picture of a stored size, and the other way round."""
+        return (size[1], size[0]) if self.is_transposed else size
+
+    def of_picture(self, picture: Frames) -> Frames:
+        """The upright picture h w c."""
+        upright = picture.swapaxes(0, 1) if self.is_transposed else picture
+        rows = slice(None, None, -1 if self.is_mirrored_up_down else 1)
+        columns = slice(None, None, -1 if self.is_mirrored_left_right else 1)
+        return np.ascontiguousarray(upright[rows, columns])
 
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What a file says of its largest video stream, before anything is decoded.
+    """What a file says of its largest video stream.
 
     Args:
         container: FFmpeg's names of the format, joined by commas: "mov,mp4,m4a,3gp,3g2,mj2".
         codec: FFmpeg's name of the codec: "h264".
-        stream: which stream of the file.
+        stream: index of the stream in the file.
         size: (height, width) as shown: upright, in square pixels.
         coded_size: (height, width) as stored.
-        num_quarter_turns: how often the stored picture is turned counter-clockwise to stand upright, 0 to 3.
-        times_s: when each frame is shown, ascending, from the first frame's 0.
-        fps: mean rate of `times_s`, as the container says it where there is one frame.
+        turn: from stored to upright.
+        stamps: when each frame is shown, in units of `time_base`, ascending; empty where the file has no times, and its
+            frames are taken to follow at `fps`.
+        time_base: seconds.
+        num_frames: packets to be shown.
+        fps: the container's rate, where all frames lie at it; else the mean rate.
+        is_constant_rate: whether all frames lie at `fps`, to half a frame.
         num_frames_in_header: 0 where the container names none.
         num_outside_edit: packets that are decoded but not shown, because an edit list cuts them off.
-        has_timestamps: False for raw streams, whose `times_s` follow from the rate.
+        num_video_streams: in the file, attached pictures too.
+        keeps_parameters: whether the size of its frames is known to be one; see `parameter_sets.py`.
     """
 
     container: str
@@ -43,113 +81,259 @@ class VideoFacts:
     stream: int
     size: tuple[int, int]
     coded_size: tuple[int, int]
-    num_quarter_turns: int
-    times_s: tuple[float, ...]
+    turn: Turn
+    stamps: tuple[int, ...]
+    time_base: Fraction
+    num_frames: int
     fps: float
+    is_constant_rate: bool
     num_frames_in_header: int
     num_outside_edit: int
-    has_timestamps: bool
+    num_video_streams: int
+    keeps_parameters: bool
+
+    def times_s(self) -> np.ndarray:
+        """When each frame is shown, from the first one's 0; float64."""
+        if self.is_constant_rate:
+            return np.arange(self.num_frames) / self.fps
+        return _seconds(self.stamps, self.time_base)
 
 
 def probe_video(data: bytes) -> VideoFacts:
-    """Read a file's headers and packets.
+    """Read a file's headers, packets and first frame.
 
     Raises:
-        MediaError: no video that could be decoded; the message names what is missing.
+        MediaError: no video that can be decoded, or a file that is cut; the message names what is wrong.
     """
+    if not data:
+        raise MediaError("the file is empty")
+    missing = missing_bytes(data)
+    if missing:
+        raise MediaError(f"the file is cut: {missing} of {len(data) + missing} bytes that it announces are missing")
     with _opened(data) as container:
-        stream = _largest_stream(container)
-        packets = [packet for packet in container.demux(stream) if packet.size]
+        streams = _video_streams(container)
+        stream = max(streams, key=lambda one: one.codec_context.width * one.codec_context.height)
+        stream.codec_context.thread_count = 1
+        packets, first = _read_packets(container, stream)
         shown = [packet for packet in packets if not packet.is_discard]
-        if not shown:
-            raise MediaError("holds no frame")
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-        pts = [packet.pts for packet in shown if packet.pts is not None]
-        has_timestamps = len(pts) == len(shown)
-        if has_timestamps:
-            times = [float(stamp * stream.time_base) for stamp in sorted(pts)]
-            times_s = tuple(time - times[0] for time in times)
-        else:
-            times_s = tuple(number / fps for number in range(len(shown))) if fps else ()
-        if len(times_s) > 1 and times_s[-1] > 0:
-            fps = (len(times_s) - 1) / times_s[-1]
-        if not 0 < fps < MAX_FPS:
-            raise MediaError(f"{len(shown)} frames at {fps:g} frames per second")
-        height, width = stream.codec_context.height, stream.codec_context.width
-        turns = 0
+        if first is None:
+            raise MediaError(f"none of {len(packets)} packets gives a frame")
+        _require_whole(stream.frames, packets)
+        turn = _turn(first)
+        coded_size = (first.height, first.width)
+        ratio = _width_of_pixel(stream.sample_aspect_ratio)
+        stamps = tuple(sorted(packet.pts for packet in shown if packet.pts is not None))
+        if len(stamps) < len(shown):
+            stamps = ()
+        if any(earlier == later for earlier, later in zip(stamps, stamps[1:], strict=False)):
+            raise MediaError("two frames are to be shown at one time; the timestamps are damaged")
+        fps, is_constant = _rate(stamps, stream)
         return VideoFacts(
             container=container.format.name,
             codec=stream.codec_context.codec.canonical_name,
             stream=stream.index,
-            size=(width, height) if turns % 2 else (height, width),
-            coded_size=(height, width),
-            num_quarter_turns=turns,
-            times_s=times_s,
+            size=turn.of_size((coded_size[0], max(1, round(coded_size[1] * ratio)))),
+            coded_size=coded_size,
+            turn=turn,
+            stamps=stamps,
+            time_base=Fraction(stream.time_base),
+            num_frames=len(shown),
             fps=fps,
+            is_constant_rate=is_constant,
             num_frames_in_header=stream.frames,
             num_outside_edit=len(packets) - len(shown),
-            has_timestamps=has_timestamps,
+            num_video_streams=len(container.streams.video),
+            keeps_parameters=keeps_its_parameters(
+                stream.codec_context.codec.canonical_name,
+                bytes(stream.codec_context.extradata or b""),
+                (bytes(packet) for packet in packets),
+            ),
         )
 
 
+def check_stream(data: bytes, facts: VideoFacts) -> None:
+    """Decode a whole file for its errors alone.
+
+    Raises:
+        MediaError: damaged data, or other frames than the packets announced.
+    """
+    for _ in _decoded(data, facts):
+        pass
+
+
 def stream_frames(
-    data: bytes, facts: VideoFacts, size: tuple[int, int] | None = None
-) -> Iterator[tuple[float, Frames]]:
+    data: bytes, facts: VideoFacts, size: tuple[int, int], wanted: Sequence[int] | None = None
+) -> Iterator[Frames]:
     """Decode a file once, front to back, in the order of presentation; one frame is held at a time.
 
     Args:
         data: the file.
         facts: what `probe_video` said of it.
-        size: (height, width) that frames are scaled to inside the decoder (bicubic); None is `facts.size`.
+        size: (height, width) that upright frames are scaled to inside the decoder (bilinear, as decord does).
+        wanted: numbers of the frames to give, ascending, none twice; None is all. Nothing behind the last is decoded.
 
     Yields:
-        seconds from the first frame, and the picture h w c, uint8.
+        pictures h w c, uint8.
 
     Raises:
         MediaError: while iterating: damaged data, or other frames than the packets announced.
     """
-    height, width = size or facts.size
-    if facts.num_quarter_turns % 2:
-        height, width = width, height
+    from av.video.reformatter import Interpolation
+
+    last = facts.num_frames - 1 if wanted is None else wanted[-1]
+    asked = None if wanted is None else frozenset(wanted)
+    height, width = facts.turn.of_size(size)
+    for number, frame in enumerate(_decoded(data, facts)):
+        if asked is None or number in asked:
+            picture = frame.to_ndarray(
+                format="rgb24", width=width, height=height, interpolation=Interpolation.BILINEAR, threads=1
+            )
+            yield facts.turn.of_picture(picture)
+        # where all are wanted, one frame too many should be seen
+        if number == last and wanted is not None:
+            return
+
+
+def _decoded(data: bytes, facts: VideoFacts) -> Iterator[Any]:
+    """PyAV's frames, each held to the facts, and their number at the end."""
     number = -1
     with _opened(data) as container:
         stream = container.streams[facts.stream]
         stream.codec_context.thread_count = 1
-        from av.video.reformatter import Interpolation
-
         for number, frame in enumerate(container.decode(stream)):
-            if frame.is_corrupt:
-                raise MediaError(f"frame {number} is damaged")
-            if number >= len(facts.times_s):
-                break
-            picture = frame.to_ndarray(
-                format="rgb24", width=width, height=height, interpolation=Interpolation.BICUBIC, threads=1
-            )
-            yield facts.times_s[number], np.rot90(picture, k=facts.num_quarter_turns)
-    if number + 1 != len(facts.times_s):
-        raise MediaError(f"{len(facts.times_s)} packets gave {number + 1} frames or more")
+            _require_frame(frame, number, facts)
+            yield frame
+    if number + 1 < facts.num_frames:
+        raise MediaError(f"{facts.num_frames} packets gave {number + 1} frames; the data are damaged or cut")
+
+
+def _require_frame(frame: Any, number: int, facts: VideoFacts) -> None:
+    """Hold one frame to the file's facts.
+
+    Raises:
+        MediaError: it is damaged, of another size or turn, of another time, or one too many.
+    """
+    if number >= facts.num_frames:
+        raise MediaError(f"{facts.num_frames} packets gave more frames; the data are damaged")
+    if frame.is_corrupt:
+        raise MediaError(f"frame {number} of {facts.num_frames} is damaged")
+    if (frame.height, frame.width) != facts.coded_size:
+        raise MediaError(
+            f"size changes from {facts.coded_size[0]} x {facts.coded_size[1]} to {frame.height} x {frame.width} at "
+            f"frame {number}"
+        )
+    if _turn(frame) != facts.turn:
+        raise MediaError(f"rotation changes at frame {number}")
+    if facts.stamps and frame.pts != facts.stamps[number]:
+        raise MediaError(
+            f"frame {number} comes with the timestamp {frame.pts}, where packets say {facts.stamps[number]}; frames "
+            "are lost or out of order"
+        )
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Any]:
+    """The container of a file in memory; it can open no other file.
+
+    Raises:
+        MediaError: inside and at the start, for what FFmpeg cannot read.
+    """
     import av
 
     try:
-        with av.open(io.BytesIO(data)) as container:
+        # playlists would name files of this machine, or of others
+        with av.open(io.BytesIO(data), options={"protocol_whitelist": "none"}) as container:
             yield container
-    except (av.FFmpegError, OSError) as error:
-        raise MediaError(str(error)) from error
+    except av.FFmpegError as error:
+        log: Any = error.log
+        detail = f" ({log[2].strip()})" if log else ""
+        raise MediaError(f"{error.strerror}{detail}") from error
 
 
-def _largest_stream(container: Any) -> Any:
-    """The video stream of the largest area, the first of equals.
+def _video_streams(container: Any) -> list[Any]:
+    """Those that are videos.
 
     Raises:
-        MediaError: there is none.
+        MediaError: there is none, and what there is instead.
     """
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if Disposition.attached_pic not in stream.disposition]
-    if not streams:
-        raise MediaError("holds no video stream")
-    return max(streams, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
+    if streams:
+        return streams
+    kinds = sorted({"picture" if stream.type == "video" else stream.type for stream in container.streams})
+    raise MediaError(f"holds no video stream{', only ' + ' and '.join(kinds) if kinds else ''}")
+
+
+def _read_packets(container: Any, stream: Any) -> tuple[list[Any], Any]:
+    """All packets of a stream, and its first frame, None where there is none."""
+    packets, first = [], None
+    for packet in container.demux(stream):
+        if packet.size:
+            packets.append(packet)
+        if first is None:
+            first = next(iter(packet.decode()), None)
+    return packets, first
+
+
+def _require_whole(num_in_header: int, packets: Sequence[Any]) -> None:
+    """Hold the packets to the header.
+
+    Raises:
+        MediaError: some are missing, or damaged already.
+    """
+    if num_in_header and len(packets) < num_in_header:
+        raise MediaError(
+            f"the header says {num_in_header} frames, the file holds {len(packets)}; it is cut or its index is damaged"
+        )
+    for number, packet in enumerate(packets):
+        if packet.is_corrupt:
+            raise MediaError(f"packet {number} of {len(packets)} is cut or damaged")
+
+
+def _width_of_pixel(ratio: Fraction | None) -> Fraction:
+    """A pixel's width over its height; 1 where the file says nothing, or nonsense."""
+    return ratio if ratio and ratio > 0 else Fraction(1)
+
+
+def _rate(stamps: Sequence[int], stream: Any) -> tuple[float, bool]:
+    """Frames per second, and whether they are evenly spaced.
+
+    Raises:
+        MediaError: no rate above 0 and up to `_MAX_FPS`.
+    """
+    stated = float(stream.average_rate or stream.guessed_rate or 0)
+    times = _seconds(stamps, Fraction(stream.time_base))
+    is_constant = 0 < stated <= _MAX_FPS
+    if is_constant and len(times):
+        is_constant = bool(np.abs(times - np.arange(len(times)) / stated).max() * stated < 0.5)
+    fps = stated if is_constant or len(times) < 2 else float((len(times) - 1) / times[-1])
+    if not 0 < fps <= _MAX_FPS:
+        raise MediaError(f"{len(times)} frames at {fps:g} frames per second")
+    return fps, is_constant
+
+
+def _seconds(stamps: Sequence[int], time_base: Fraction) -> np.ndarray:
+    ticks = np.asarray(stamps, dtype=np.int64)
+    return (ticks - ticks[:1]) * float(time_base)
+
+
+def _turn(frame: Any) -> Turn:
+    """What the display matrix of a frame says.
+
+    Raises:
+        MediaError: an angle that is no quarter turn.
+    """
+    from av.sidedata.sidedata import Type
+
+    found = frame.side_data.get(Type.DISPLAYMATRIX)
+    if found is None:
+        return Turn()
+    right, down_of_right, _, right_of_down, down, *_ = struct.unpack("=9i", bytes(found))
+    entries = (right, down_of_right, right_of_down, down)
+    is_transposed = right == down == 0 != down_of_right
+    if not is_transposed and (down_of_right, right_of_down) != (0, 0):
+        raise MediaError(f"is turned by the matrix {[round(entry / _ONE, 3) for entry in entries]}, no quarter turn")
+    if is_transposed:
+        return Turn(True, right_of_down < 0, down_of_right < 0)
+    return Turn(False, right < 0, down < 0)

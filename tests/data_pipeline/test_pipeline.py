@@ -88,7 +88,8 @@ def check_report(report: dict[str, Any]) -> None:
     assert report["filtered"] == {"too_short": 1}
     bad = {entry["key"]: entry for entry in report["quarantined"]}
     assert set(bad) == {"broken", "mute"}
-    assert bad["broken"]["shard"] == "clips-000.tar" and bad["broken"]["error"].startswith("decord: ")
+    assert bad["broken"]["shard"] == "clips-000.tar" and "the file is cut" in bad["broken"]["error"]
+    assert report["decoders"] == {"decord": 5, "pillow": 3}
     assert bad["mute"]["error"] == "caption is missing" and bad["mute"]["source"] == "clips"
 
 

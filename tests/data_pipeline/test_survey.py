@@ -95,14 +95,24 @@ def test_letterbox_bars_are_measured_over_all_frames() -> None:
 @pytest.mark.parametrize(("fps", "longest"), [(24.0, 17), (48.0, 33), (12.0, 17), (25.0, 18)])
 def test_a_long_scene_is_cut_into_pieces_that_give_whole_clips(fps: float, longest: int) -> None:
     rule = SurveyRule(num_frames=17, fps=24.0, cut_change=14.0, cut_ratio=2.2)
-    assert rule.longest(fps) == longest
-    indices, _ = choose_frames(10_000, fps, DecodeRule(((64, 64),), 17, 24.0))
-    assert indices[-1] == longest - 1
+    indices, _ = choose_frames(np.arange(longest) / fps, fps, DecodeRule(((64, 64),), 17, 24.0))
+    assert (len(indices), indices[-1]) == (17, longest - 1)
     pieces = pieces_of(np.concatenate([texture(11, 2 * longest + 5), texture(12, longest)]), fps, rule)
     assert spans(pieces) == [
         (0, longest), (longest, longest), (2 * longest, 5), (2 * longest + 5, longest),
     ]  # fmt: skip
     assert [(piece.scene, piece.part) for piece in pieces] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+
+
+def test_pieces_of_a_variable_frame_rate_are_cut_by_time() -> None:
+    rule = SurveyRule(num_frames=17, fps=24.0, cut_change=14.0, cut_ratio=2.2)
+    times = np.cumsum([0.0, *[1 / 48] * 40, *[1 / 12] * 20])
+    pieces = list(cut_and_score(zip(times.tolist(), texture(11, 61), strict=True), 24.4, rule))
+    assert spans(pieces) == [(0, 33), (33, 15), (48, 9), (57, 4)]
+    for piece in pieces[:-1]:
+        part = times[piece.first_frame : piece.first_frame + piece.num_frames] - times[piece.first_frame]
+        assert len(choose_frames(part, 24.4, DecodeRule(((64, 64),), 17, 24.0))[0]) == 17
+        assert len(choose_frames(part[:-1], 24.4, DecodeRule(((64, 64),), 17, 24.0))[0]) < 17
 
 
 def test_pieces_are_measured_on_their_own_frames_alone() -> None:
