@@ -1,7 +1,8 @@
 """The files between the two passes: what a survey found in a raw shard, and which of it is encoded.
 
 One Parquet file a raw shard for each, in the cache: `curation/<task>.parquet`, the survey, whose presence commits it,
-and `curation/lists/<task>.parquet`, the clip list, made of it by thresholds. A list holds every row of its survey, the
+and `curation/lists/<task>.parquet`, the clip list, made of it by thresholds. A raw shard of several sources is surveyed
+once, and has a list for each of them. A list holds every row of its survey, the
 dropped ones with the reason, so that a person can ask it why.
 
 No torch and no decoder here.

@@ -87,12 +87,21 @@ class _Copies:
         return {self.places[number]: self.places[first[number]] for number in copies.tolist()}
 
 
+def surveyed_as(tasks: Sequence[ShardTask]) -> dict[str, str]:
+    """Under which task's name each task's raw shard is surveyed: once, though two sources read it in two sizes."""
+    names: dict[tuple[str, str], str] = {}
+    for task in tasks:
+        names[task.path, task.media] = min(task.name, names.get((task.path, task.media), task.name))
+    return {task.name: names[task.path, task.media] for task in tasks}
+
+
 def survey_tasks(plan: PrecomputePlan, tasks: Sequence[ShardTask]) -> list[ShardTask]:
-    """The shards as tasks of pass 1: their fingerprint is of the input and of what decides a survey."""
-    rule = {"rule": asdict(plan.survey_rule), "version": SURVEY_VERSION}
+    """The tasks of pass 1, one a raw shard: their fingerprint is of the input and of what decides a survey."""
+    rule, names = {"rule": asdict(plan.survey_rule), "version": SURVEY_VERSION}, surveyed_as(tasks)
     return [
         replace(task, fingerprint=digest_of({**rule, "media": task.media, "input": task.input_fingerprint}))
         for task in tasks
+        if names[task.name] == task.name
     ]
 
 
@@ -115,19 +124,19 @@ def make_lists(plan: PrecomputePlan, tasks: Sequence[ShardTask], writes: bool = 
     Returns:
         what each list says, by task name.
     """
-    cache, copies = plan.precompute.cache, _Copies()
+    cache, copies, surveys = plan.precompute.cache, _Copies(), surveyed_as(tasks)
     if plan.curation.remove_duplicates:
         for number, task in enumerate(tasks):
-            for row, clip in enumerate(judged(plan, task)[0]):
+            for row, clip in enumerate(judged(plan, task, surveys[task.name])[0]):
                 if not clip.reason:
                     copies.add(task.media, clip, (number, row))
     first_of = copies.first_of()
-    names = _names_of(cache, tasks, first_of)
+    names = _names_of(cache, tasks, surveys, first_of)
     histograms = ScoreHistograms()
     listed: dict[str, ListedShard] = {}
     lines: list[str] = []
     for number, task in enumerate(tasks):
-        clips, errors = judged(plan, task)
+        clips, errors = judged(plan, task, surveys[task.name])
         for row, clip in enumerate(clips):
             first = first_of.get((number, row))
             if first is not None and names[first] != names[number, row]:
@@ -139,7 +148,8 @@ def make_lists(plan: PrecomputePlan, tasks: Sequence[ShardTask], writes: bool = 
     if writes:
         limits = {source.name: plan.thresholds_of(source.name).model_dump() for source in plan.sources}
         _write_if_new(storage.join(cache, DUPLICATES), "".join(lines).encode())
-        _write_if_new(storage.join(cache, SCORES), storage.json_bytes(histograms.to_json(limits)))
+        scores = {"scores": histograms.to_json(limits), "counts": _counts(plan, listed)}
+        _write_if_new(storage.join(cache, SCORES), storage.json_bytes(scores))
     return listed
 
 
@@ -149,16 +159,25 @@ def _write_if_new(path: str, data: bytes) -> None:
         storage.write_bytes(path, data)
 
 
-def judged(plan: PrecomputePlan, task: ShardTask) -> tuple[list[SurveyedClip], dict[str, str]]:
-    """Pieces of a shard with the reasons of those that the thresholds drop; and errors of raw clips by key."""
-    clips, notes = read_clips(survey_path(plan.precompute.cache, task.name))
+def judged(plan: PrecomputePlan, task: ShardTask, survey: str) -> tuple[list[SurveyedClip], dict[str, str]]:
+    """Pieces of a shard with the reasons of those that the thresholds drop; and errors of raw clips by key.
+
+    Args:
+        plan: thresholds.
+        task: the shard, of one source.
+        survey: name that it was surveyed under.
+    """
+    clips, notes = read_clips(survey_path(plan.precompute.cache, survey))
     thresholds, splits = plan.thresholds_of(task.source), plan.curation.long_scenes == "split"
     reasons = (reason_by_thresholds(clip, task.media, thresholds, splits) for clip in clips)
     return [replace(clip, reason=reason or "") for clip, reason in zip(clips, reasons, strict=True)], notes["errors"]
 
 
 def _names_of(
-    cache: str, tasks: Sequence[ShardTask], first_of: dict[tuple[int, int], tuple[int, int]]
+    cache: str,
+    tasks: Sequence[ShardTask],
+    surveys: Mapping[str, str],
+    first_of: Mapping[tuple[int, int], tuple[int, int]],
 ) -> dict[tuple[int, int], tuple[str, str]]:
     """Raw shard and key of each clip that is a copy or has one."""
     wanted: dict[int, set[int]] = {}
@@ -166,7 +185,7 @@ def _names_of(
         wanted.setdefault(number, set()).add(row)
     names = {}
     for number, rows in wanted.items():
-        clips = read_clips(survey_path(cache, tasks[number].name))[0]
+        clips = read_clips(survey_path(cache, surveys[tasks[number].name]))[0]
         names.update({(number, row): (tasks[number].path, clips[row].clip_key) for row in rows})
     return names
 
@@ -192,18 +211,22 @@ def _listed(
 
 def describe_settings(plan: PrecomputePlan, listed: Mapping[str, ListedShard]) -> dict[str, Any]:
     """What the manifest records of curation: its settings, and what came of them, by source."""
-    per_source: dict[str, Counter[str]] = {source.name: Counter() for source in plan.sources}
-    for shard in listed.values():
-        per_source[shard.task.source].update(
-            {"kept": shard.kept, "quarantined": len(shard.quarantined), **shard.dropped}
-        )
     return {
         "survey": {**asdict(plan.survey_rule), "version": SURVEY_VERSION},
         "long_scenes": plan.curation.long_scenes,
         "remove_duplicates": plan.curation.remove_duplicates,
         "thresholds": {source.name: plan.thresholds_of(source.name).model_dump() for source in plan.sources},
-        "counts": {source: dict(sorted(counts.items())) for source, counts in per_source.items()},
+        "counts": _counts(plan, listed),
     }
+
+
+def _counts(plan: PrecomputePlan, listed: Mapping[str, ListedShard]) -> dict[str, dict[str, int]]:
+    """Pieces by source: kept, dropped by each reason; and raw clips that could not be surveyed."""
+    per_source: dict[str, Counter[str]] = {source.name: Counter() for source in plan.sources}
+    for shard in listed.values():
+        counts = {"kept": shard.kept, "quarantined": len(shard.quarantined), **shard.dropped}
+        per_source[shard.task.source].update(counts)
+    return {source: dict(sorted(counts.items())) for source, counts in per_source.items()}
 
 
 def format_counts(listed: dict[str, ListedShard]) -> str:

@@ -79,6 +79,7 @@ def run_precompute(
     ray_session: Callable[[], AbstractContextManager[object]],
     run_shards: RunShards | None = None,
     run_surveys: RunSurveys | None = None,
+    show_lists: Callable[[str], None] | None = None,
 ) -> PrecomputeResult:
     """Bring the cache to what the plan asks for.
 
@@ -88,6 +89,7 @@ def run_precompute(
             checked, and only if there is work.
         run_shards: does the work; None takes `run_shards_on_ray`.
         run_surveys: does that of curation; None takes `run_surveys_on_ray`.
+        show_lists: is given the cache's folder once the clip lists are written, before anything is encoded.
 
     Raises:
         ConfigError: the text encoder cannot be built, decord cannot be imported, or no node of the cluster holds an
@@ -121,6 +123,8 @@ def run_precompute(
         _remove_leftovers(cache)
         join_ray = _joined_once(ray_session, until_done)
         listed = _curate(plan, tasks, lease, join_ray, run_surveys or run_surveys_on_ray)
+        if listed and show_lists is not None:
+            show_lists(cache)
         tasks = _with_lists(tasks, listed)
         # looked at once more: until the lease was claimed another job may have been at work
         committed = _committed(cache, tasks)
@@ -176,8 +180,8 @@ def _curate(
         return {}
     pending = _unsurveyed(plan, tasks)
     if pending:
-        num_before = len(tasks) - len(pending)
-        logger.info("curation: %d shards: %d surveyed before, %d to do", len(tasks), num_before, len(pending))
+        num_all = len(survey_tasks(plan, tasks))
+        logger.info("curation: %d shards: %d surveyed before, %d to do", num_all, num_all - len(pending), len(pending))
         join_ray()
         run_surveys(plan, pending, lease)
     require_held(plan.precompute.cache, lease)

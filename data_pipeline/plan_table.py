@@ -50,12 +50,13 @@ def _listed(plan: PrecomputePlan, tasks: list[ShardTask]) -> tuple[dict[str, Lis
     """The clip lists as they would be, where all is surveyed; and what to say of curation."""
     if not plan.curation.enabled:
         return {}, []
-    pending = [task for task in survey_tasks(plan, tasks) if not is_surveyed(plan.precompute.cache, task)]
+    surveys = survey_tasks(plan, tasks)
+    pending = [task for task in surveys if not is_surveyed(plan.precompute.cache, task)]
     if pending:
         return {}, [
-            f"curation: {len(pending)} of {len(tasks)} shards would be surveyed, and the clips that pass it encoded"
+            f"curation: {len(pending)} of {len(surveys)} shards would be surveyed, and the clips that pass it encoded"
         ]
     listed = make_lists(plan, tasks, writes=False)
     kept = sum(shard.kept for shard in listed.values())
     dropped = sum(sum(shard.dropped.values()) for shard in listed.values())
-    return listed, [f"curation: all {len(tasks)} shards are surveyed; {kept} clips are kept, {dropped} dropped"]
+    return listed, [f"curation: all {len(surveys)} shards are surveyed; {kept} clips are kept, {dropped} dropped"]

@@ -70,7 +70,7 @@ class SurveyActor:
             else:
                 clips += _rows(raw, result)
         clips = _without_clashes(clips, errors)
-        notes = {"fingerprint": task.fingerprint, "source": task.source, "errors": errors}
+        notes = {"fingerprint": task.fingerprint, "errors": errors}
         self._require_held()
         write_clips(survey_path(self._plan.precompute.cache, task.name), clips, notes)
         return len(clips)

@@ -10,6 +10,7 @@ from data_pipeline.precompute_plan import PrecomputePlan
 from jobs.cli import check_writable, main
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.launch.ray_session import ray_session
+from m4v_dist.report.curation_page import write_curation_page
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def precompute_latents(config: RunConfig, dry_run: bool) -> str:
     for source in config.sources:
         list_shards(source.shards)
     check_writable(config.precompute.cache, "precompute.cache")
-    result = run_precompute(plan, lambda: ray_session(config.launch, has_workers=False))
+    result = run_precompute(plan, lambda: ray_session(config.launch, has_workers=False), show_lists=_show_lists)
     report = result.report
     if result.did_nothing:
         return (
@@ -35,6 +36,10 @@ def precompute_latents(config: RunConfig, dry_run: bool) -> str:
         f"{len(report['quarantined'])} quarantined, {len(report['damaged_shards'])} shards damaged, "
         f"in {plan.precompute.cache} ({report['clips_per_s']} clips/s)"
     )
+
+
+def _show_lists(cache: str) -> None:
+    logger.info("distributions of all scores: %s", write_curation_page(cache))
 
 
 if __name__ == "__main__":

@@ -219,17 +219,31 @@ def test_lists_do_not_hang_on_who_was_surveyed_first(curated: Path, shards: str)
     assert "duplicate" not in everything["two-two-000"].dropped | everything["stills-stills-000"].dropped
 
 
-def test_one_record_under_two_sources_is_no_duplicate_of_itself(curated: Path, shards: str, tmp_path: Path) -> None:
+def test_a_shard_of_two_sources_is_surveyed_once_and_is_no_duplicate_of_itself(
+    curated: Path, shards: str, tmp_path: Path
+) -> None:
     plan = make_plan(shards, tmp_path / "cache")
-    large = plan.sources[1].model_copy(update={"name": "large"})
-    both = replace(plan, sources=(*plan.sources[:2], large))
+    both = replace(plan, sources=(*plan.sources[:2], plan.sources[1].model_copy(update={"name": "large"})))
     tasks = plan_tasks(both, describe_cache(both))
-    for task in tasks:
-        source = survey_path(str(curated), task.name.replace("large-", "two-"))
-        storage.write_bytes(survey_path(str(tmp_path / "cache"), task.name), Path(source).read_bytes())
+    assert [task.name for task in survey_tasks(both, tasks)] == ["one-one-000", "one-one-001", "large-two-000"]
+    for task in survey_tasks(both, tasks):
+        path = survey_path(str(curated), task.name.replace("large-", "two-"))
+        storage.write_bytes(survey_path(str(tmp_path / "cache"), task.name), Path(path).read_bytes())
+    assert all(is_surveyed(str(tmp_path / "cache"), task) for task in survey_tasks(both, tasks))
     listed = make_lists(both, tasks)
     assert listed["two-two-000"].dropped == listed["large-two-000"].dropped == {"duplicate": 1}
     assert listed["two-two-000"].kept == listed["large-two-000"].kept == 1
+
+
+def test_too_many_clips_that_cannot_be_surveyed_end_the_job_before_anything_is_encoded(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(shards, tmp_path / "cache")
+    plan = replace(plan, precompute=plan.precompute.model_copy(update={"max_bad_fraction": 0.01}))
+    monkeypatch.setattr("tests.data_pipeline.run_here.ShardActor", None)
+    with pytest.raises(DataError, match=r"1 of at most 15 clips are quarantined, past .*one-001.tar of one: survey: "):
+        run_here(plan)
+    assert "poison" in (tmp_path / "cache" / "quarantine.txt").read_text()
 
 
 def test_a_source_may_have_thresholds_of_its_own(curated: Path, shards: str) -> None:
