@@ -32,6 +32,7 @@ from m4v_dist.frozen.video_file import encode_mp4, encode_png
 from m4v_dist.frozen.video_vae import build_codec, frames_from_uint8
 from tests.data_pipeline.made_scenes import plain, texture
 from tests.data_pipeline.run_here import run_here
+from tests.object_store_server import object_store
 
 LIMITS = CurationThresholds(min_height_px=64, min_width_px=64, min_sharpness=5.0)
 
@@ -244,6 +245,23 @@ def test_too_many_clips_that_cannot_be_surveyed_end_the_job_before_anything_is_e
     with pytest.raises(DataError, match=r"1 of at most 15 clips are quarantined, past .*one-001.tar of one: survey: "):
         run_here(plan)
     assert "poison" in (tmp_path / "cache" / "quarantine.txt").read_text()
+
+
+def test_surveys_lists_and_what_is_kept_are_the_same_in_an_object_store(
+    curated: Path, shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with object_store(monkeypatch) as (bucket, _):
+        storage.write_bytes(f"{bucket}/raw/two-000.tar", Path(shards, "two-000.tar").read_bytes())
+        plan = make_plan(shards, curated)
+        source = plan.sources[1].model_copy(update={"shards": f"{bucket}/raw/two-000.tar"})
+        precompute = plan.precompute.model_copy(update={"cache": f"{bucket}/cache"})
+        remote = replace(plan, sources=(source,), precompute=precompute)
+        assert run_here(remote).report["kept"] == 2
+        assert run_here(remote).did_nothing
+        assert read_clips(survey_path(f"{bucket}/cache", "two-two-000")) == read_clips(
+            survey_path(str(curated), "two-two-000")
+        )
+        assert [row.key for row in LatentCache.open(f"{bucket}/cache").rows("two")] == ["copy", "own"]
 
 
 def test_a_source_may_have_thresholds_of_its_own(curated: Path, shards: str) -> None:
