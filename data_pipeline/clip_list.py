@@ -11,7 +11,8 @@ No torch and no decoder here.
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -24,6 +25,7 @@ from m4v_dist.errors import DataError
 CURATION = "curation"
 """Folder of the cache with all that curation writes."""
 _NOTES = b"m4v"
+_READS_AT_ONCE = 16
 _ARROW_TYPES = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
 
 
@@ -115,6 +117,13 @@ def read_clips(path: str) -> tuple[list[SurveyedClip], dict[str, Any]]:
             f"{path}: is no survey or clip list of this version ({type(error).__name__}: {error}); "
             "remove it and run jobs.precompute_latents again."
         ) from error
+
+
+def read_many(paths: Sequence[str]) -> Iterator[tuple[list[SurveyedClip], dict[str, Any]]]:
+    """Read files in order, some at once: an object store lets each wait as long as any."""
+    with ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="clips") as pool:
+        for start in range(0, len(paths), _READS_AT_ONCE):
+            yield from pool.map(read_clips, paths[start : start + _READS_AT_ONCE])
 
 
 def digest_kept(clips: Sequence[SurveyedClip]) -> str:

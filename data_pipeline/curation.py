@@ -22,6 +22,7 @@ from data_pipeline.clip_list import (
     digest_kept,
     list_path,
     read_clips,
+    read_many,
     survey_path,
     write_clips,
 )
@@ -105,10 +106,16 @@ def survey_tasks(plan: PrecomputePlan, tasks: Sequence[ShardTask]) -> list[Shard
     ]
 
 
-def is_surveyed(cache: str, task: ShardTask) -> bool:
-    """Whether a survey of this very input by this very rule stands; `task` is one of `survey_tasks`."""
-    path = survey_path(cache, task.name)
-    return storage.exists(path) and read_clips(path)[1]["fingerprint"] == task.fingerprint
+def unsurveyed(plan: PrecomputePlan, tasks: Sequence[ShardTask]) -> list[ShardTask]:
+    """Tasks of pass 1 of which no survey of this very input by this very rule stands; none where curation is off."""
+    if not plan.curation.enabled:
+        return []
+    cache, surveys = plan.precompute.cache, survey_tasks(plan, tasks)
+    there = set(storage.list_folder(storage.join(cache, CURATION)))
+    found = [task for task in surveys if survey_path("", task.name).rsplit("/", 1)[-1] in there]
+    notes = (notes for _, notes in read_many([survey_path(cache, task.name) for task in found]))
+    done = {task.name for task, of_task in zip(found, notes, strict=True) if of_task["fingerprint"] == task.fingerprint}
+    return [task for task in surveys if task.name not in done]
 
 
 def make_lists(plan: PrecomputePlan, tasks: Sequence[ShardTask], writes: bool = True) -> dict[str, ListedShard]:
@@ -125,18 +132,19 @@ def make_lists(plan: PrecomputePlan, tasks: Sequence[ShardTask], writes: bool = 
         what each list says, by task name.
     """
     cache, copies, surveys = plan.precompute.cache, _Copies(), surveyed_as(tasks)
+    paths = [survey_path(cache, surveys[task.name]) for task in tasks]
     if plan.curation.remove_duplicates:
-        for number, task in enumerate(tasks):
-            for row, clip in enumerate(judged(plan, task, surveys[task.name])[0]):
+        for number, (task, (clips, _)) in enumerate(zip(tasks, read_many(paths), strict=True)):
+            for row, clip in enumerate(judged(plan, task, clips)):
                 if not clip.reason:
                     copies.add(task.media, clip, (number, row))
     first_of = copies.first_of()
-    names = _names_of(cache, tasks, surveys, first_of)
+    names = _names_of(tasks, paths, first_of)
     histograms = ScoreHistograms()
     listed: dict[str, ListedShard] = {}
     lines: list[str] = []
-    for number, task in enumerate(tasks):
-        clips, errors = judged(plan, task, surveys[task.name])
+    for number, (task, (surveyed, notes)) in enumerate(zip(tasks, read_many(paths), strict=True)):
+        clips = judged(plan, task, surveyed)
         for row, clip in enumerate(clips):
             first = first_of.get((number, row))
             if first is not None and names[first] != names[number, row]:
@@ -144,7 +152,7 @@ def make_lists(plan: PrecomputePlan, tasks: Sequence[ShardTask], writes: bool = 
                 copy, kept = ("\t".join((tasks[place[0]].source, *names[place])) for place in ((number, row), first))
                 lines.append(f"{copy}\t{kept}\n")
         histograms.add(task.source, task.media, clips)
-        listed[task.name] = _listed(plan, task, clips, errors, writes)
+        listed[task.name] = _listed(plan, task, clips, notes["errors"], writes)
     if writes:
         limits = {source.name: plan.thresholds_of(source.name).model_dump() for source in plan.sources}
         _write_if_new(storage.join(cache, DUPLICATES), "".join(lines).encode())
@@ -159,34 +167,23 @@ def _write_if_new(path: str, data: bytes) -> None:
         storage.write_bytes(path, data)
 
 
-def judged(plan: PrecomputePlan, task: ShardTask, survey: str) -> tuple[list[SurveyedClip], dict[str, str]]:
-    """Pieces of a shard with the reasons of those that the thresholds drop; and errors of raw clips by key.
-
-    Args:
-        plan: thresholds.
-        task: the shard, of one source.
-        survey: name that it was surveyed under.
-    """
-    clips, notes = read_clips(survey_path(plan.precompute.cache, survey))
+def judged(plan: PrecomputePlan, task: ShardTask, clips: Sequence[SurveyedClip]) -> list[SurveyedClip]:
+    """Surveyed pieces of a shard, with the reasons of those that the thresholds of its source drop."""
     thresholds, splits = plan.thresholds_of(task.source), plan.curation.long_scenes == "split"
     reasons = (reason_by_thresholds(clip, task.media, thresholds, splits) for clip in clips)
-    return [replace(clip, reason=reason or "") for clip, reason in zip(clips, reasons, strict=True)], notes["errors"]
+    return [replace(clip, reason=reason or "") for clip, reason in zip(clips, reasons, strict=True)]
 
 
 def _names_of(
-    cache: str,
-    tasks: Sequence[ShardTask],
-    surveys: Mapping[str, str],
-    first_of: Mapping[tuple[int, int], tuple[int, int]],
+    tasks: Sequence[ShardTask], paths: Sequence[str], first_of: Mapping[tuple[int, int], tuple[int, int]]
 ) -> dict[tuple[int, int], tuple[str, str]]:
-    """Raw shard and key of each clip that is a copy or has one."""
+    """Raw shard and key of each clip that is a copy or has one; `paths` are of the tasks' surveys."""
     wanted: dict[int, set[int]] = {}
     for number, row in {*first_of, *first_of.values()}:
         wanted.setdefault(number, set()).add(row)
     names = {}
-    for number, rows in wanted.items():
-        clips = read_clips(survey_path(cache, surveys[tasks[number].name]))[0]
-        names.update({(number, row): (tasks[number].path, clips[row].clip_key) for row in rows})
+    for number, (clips, _) in zip(wanted, read_many([paths[number] for number in wanted]), strict=True):
+        names.update({(number, row): (tasks[number].path, clips[row].clip_key) for row in wanted[number]})
     return names
 
 

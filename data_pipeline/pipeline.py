@@ -30,9 +30,9 @@ from data_pipeline.curation import (
     ListedShard,
     describe_settings,
     format_counts,
-    is_surveyed,
     make_lists,
     survey_tasks,
+    unsurveyed,
 )
 from data_pipeline.latent_cache import NULL_PROMPT, index_path, read_manifest, write_manifest
 from data_pipeline.manifest import read_index
@@ -108,8 +108,7 @@ def run_precompute(
     if existing is not None:
         require_same_settings(cache, existing, description)
     tasks = plan_tasks(plan, description)
-    unsurveyed = _unsurveyed(plan, tasks)
-    if not unsurveyed:
+    if not unsurveyed(plan, tasks):
         listed = make_lists(plan, tasks, writes=False) if plan.curation.enabled else {}
         committed = _committed(cache, _with_lists(tasks, listed))
         if len(committed) == len(tasks) and existing is not None and _is_finished(plan, existing, committed, listed):
@@ -161,13 +160,6 @@ def _joined_once(ray_session: Callable[[], AbstractContextManager[object]], stac
     return join
 
 
-def _unsurveyed(plan: PrecomputePlan, tasks: Sequence[ShardTask]) -> list[ShardTask]:
-    """What pass 1 has yet to do; nothing where curation is off."""
-    if not plan.curation.enabled:
-        return []
-    return [task for task in survey_tasks(plan, tasks) if not is_surveyed(plan.precompute.cache, task)]
-
-
 def _curate(
     plan: PrecomputePlan,
     tasks: Sequence[ShardTask],
@@ -178,7 +170,7 @@ def _curate(
     """Pass 1: survey what is not surveyed yet, then write the clip lists; nothing where curation is off."""
     if not plan.curation.enabled:
         return {}
-    pending = _unsurveyed(plan, tasks)
+    pending = unsurveyed(plan, tasks)
     if pending:
         num_all = len(survey_tasks(plan, tasks))
         logger.info("curation: %d shards: %d surveyed before, %d to do", num_all, num_all - len(pending), len(pending))

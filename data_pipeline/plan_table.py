@@ -1,6 +1,6 @@
 """What a precompute would do, as a table for people; reads what stands, writes nothing."""
 
-from data_pipeline.curation import ListedShard, is_surveyed, make_lists, survey_tasks
+from data_pipeline.curation import ListedShard, make_lists, survey_tasks, unsurveyed
 from data_pipeline.latent_cache import read_manifest
 from data_pipeline.pack import count_records
 from data_pipeline.precompute_plan import (
@@ -50,8 +50,7 @@ def _listed(plan: PrecomputePlan, tasks: list[ShardTask]) -> tuple[dict[str, Lis
     """The clip lists as they would be, where all is surveyed; and what to say of curation."""
     if not plan.curation.enabled:
         return {}, []
-    surveys = survey_tasks(plan, tasks)
-    pending = [task for task in surveys if not is_surveyed(plan.precompute.cache, task)]
+    surveys, pending = survey_tasks(plan, tasks), unsurveyed(plan, tasks)
     if pending:
         return {}, [
             f"curation: {len(pending)} of {len(surveys)} shards would be surveyed, and the clips that pass it encoded"

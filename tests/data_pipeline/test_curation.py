@@ -1,6 +1,8 @@
 """Curation from raw shards to the cache: what is kept and why, duplicates, poison, and what a rerun does."""
 
 import json
+import shutil
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ import torch
 
 from data_pipeline import decoder_pool
 from data_pipeline.clip_list import ClipList, SurveyedClip, list_path, read_clips, survey_path
-from data_pipeline.curation import is_surveyed, make_lists, survey_tasks
+from data_pipeline.curation import make_lists, survey_tasks, unsurveyed
 from data_pipeline.decode import DecodeRule, decode_clip
 from data_pipeline.filters import reason_by_thresholds
 from data_pipeline.latent_cache import LatentCache
 from data_pipeline.pack import RawClip, write_shards
+from data_pipeline.pipeline import run_precompute
 from data_pipeline.plan_table import describe_plan
 from data_pipeline.precompute_plan import PrecomputePlan, describe_cache, plan_tasks
 from m4v_dist import storage
@@ -27,9 +30,11 @@ from m4v_dist.config.data_settings import (
     SourceSettings,
     TextEncoderSettings,
 )
+from m4v_dist.config.training_settings import LaunchSettings
 from m4v_dist.errors import DataError
 from m4v_dist.frozen.video_file import encode_mp4, encode_png
 from m4v_dist.frozen.video_vae import build_codec, frames_from_uint8
+from m4v_dist.launch.ray_session import ray_session
 from tests.data_pipeline.made_scenes import plain, texture
 from tests.data_pipeline.run_here import run_here
 from tests.object_store_server import object_store
@@ -151,10 +156,9 @@ def test_the_manifest_records_settings_and_counts(curated: Path) -> None:
 
 
 def test_a_rerun_does_nothing_and_other_thresholds_redo_only_the_shards_concerned(
-    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    curated: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = tmp_path / "cache"
-    assert not run_here(make_plan(shards, cache)).did_nothing
+    cache = Path(shutil.copytree(curated, tmp_path / "cache"))
     before = times(cache)
     assert run_here(make_plan(shards, cache)).did_nothing
     assert times(cache) == before
@@ -178,13 +182,9 @@ def test_a_rerun_does_nothing_and_other_thresholds_redo_only_the_shards_concerne
     assert {"long", "long-f000025"} <= set(keys(cache, "one"))
 
 
-def test_a_shard_that_changed_is_surveyed_anew_and_others_are_not(shards: str, tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for path in Path(shards).iterdir():
-        (raw / path.name).write_bytes(path.read_bytes())
-    cache = tmp_path / "cache"
-    run_here(make_plan(str(raw), cache))
+def test_a_shard_that_changed_is_surveyed_anew_and_others_are_not(curated: Path, shards: str, tmp_path: Path) -> None:
+    raw = Path(shutil.copytree(shards, tmp_path / "raw"))
+    cache = Path(shutil.copytree(curated, tmp_path / "cache"))
     before = times(cache)
     write_shards([RawClip("new", "png", encode_png(texture(50, 1)[0]), "new")], f"{raw}/stills-%03d.tar", 9)
     assert run_here(make_plan(str(raw), cache)).report["num_shards_this_run"] == 1
@@ -194,17 +194,14 @@ def test_a_shard_that_changed_is_surveyed_anew_and_others_are_not(shards: str, t
 
 
 def test_a_survey_that_was_lost_is_made_again_alike(curated: Path, shards: str, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+    cache = Path(shutil.copytree(curated, tmp_path / "cache"))
     plan = make_plan(shards, cache)
-    for path in sorted(curated.rglob("*.parquet")):
-        storage.write_bytes(f"{cache}/{path.relative_to(curated)}", path.read_bytes())
     path = Path(survey_path(str(cache), "two-two-000"))
     data = path.read_bytes()
     path.unlink()
-    tasks = survey_tasks(plan, plan_tasks(plan, describe_cache(plan)))
-    assert [task.name for task in tasks if not is_surveyed(str(cache), task)] == ["two-two-000"]
-    run_here(plan)
-    assert path.read_bytes() == data
+    assert [task.name for task in unsurveyed(plan, plan_tasks(plan, describe_cache(plan)))] == ["two-two-000"]
+    result = run_here(plan)
+    assert path.read_bytes() == data and result.report["num_shards_this_run"] == 0
 
 
 def test_lists_do_not_hang_on_who_was_surveyed_first(curated: Path, shards: str) -> None:
@@ -230,7 +227,7 @@ def test_a_shard_of_two_sources_is_surveyed_once_and_is_no_duplicate_of_itself(
     for task in survey_tasks(both, tasks):
         path = survey_path(str(curated), task.name.replace("large-", "two-"))
         storage.write_bytes(survey_path(str(tmp_path / "cache"), task.name), Path(path).read_bytes())
-    assert all(is_surveyed(str(tmp_path / "cache"), task) for task in survey_tasks(both, tasks))
+    assert unsurveyed(both, tasks) == []
     listed = make_lists(both, tasks)
     assert listed["two-two-000"].dropped == listed["large-two-000"].dropped == {"duplicate": 1}
     assert listed["two-two-000"].kept == listed["large-two-000"].kept == 1
@@ -274,7 +271,7 @@ def test_a_source_may_have_thresholds_of_its_own(curated: Path, shards: str) -> 
     assert listed["two-two-000"].kept == 2
 
 
-def test_a_clip_that_kills_or_hangs_its_child_is_tried_alone_and_then_never_again(
+def test_a_clip_that_kills_its_child_is_tried_alone_and_then_never_again(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bomb of a film: a child that reads it dies; its neighbours are surveyed."""
@@ -304,6 +301,23 @@ def test_a_clip_that_kills_or_hangs_its_child_is_tried_alone_and_then_never_agai
     assert bad["key"] == "bomb" and bad["error"].startswith("survey: decoder died: signal 9")
     assert asked.count(("survey", True)) == 2 and asked.count(("decode", True)) == 0
     assert run_here(plan).did_nothing and asked.count(("survey", True)) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_both_passes_on_ray_give_what_they_give_here(curated: Path, shards: str, tmp_path: Path) -> None:
+    shown: list[str] = []
+    plan = make_plan(shards, tmp_path / "cache", num_actors=2)
+
+    def session() -> AbstractContextManager[None]:
+        return ray_session(LaunchSettings(), has_workers=False)
+
+    result = run_precompute(plan, session, show_lists=shown.append)
+    assert result.report["num_shards_this_run"] == 4 and shown == [str(tmp_path / "cache")]
+    for name in sorted(times(curated)):
+        if name != "report.json" and not name.startswith("leases/"):
+            assert (tmp_path / "cache" / name).read_bytes() == (curated / name).read_bytes(), name
+    assert run_precompute(plan, session).did_nothing
 
 
 def test_a_list_that_is_not_the_drivers_is_refused(curated: Path) -> None:
