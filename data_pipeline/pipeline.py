@@ -103,8 +103,13 @@ def run_precompute(
         limit = BadLimit(plan.precompute.max_bad_fraction, len(tasks), committed.values())
         done = DoneShards(gave_up=limit.why_passed())
         if pending and not done.gave_up:
-            with ray_session():
-                done = (run_shards or run_shards_on_ray)(plan, pending, lease, limit)
+            try:
+                with ray_session():
+                    done = (run_shards or run_shards_on_ray)(plan, pending, lease, limit)
+            except ConfigError:
+                # that the job was overtaken says more than which shards it could not do for it
+                require_held(cache, lease)
+                raise
         require_held(cache, lease)
         storage.remove(storage.join(cache, ATTEMPTS))
         report = write_report(cache, {**committed, **done.outcomes}, done, time.monotonic() - started)
