@@ -16,8 +16,8 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -108,20 +108,19 @@ def run_precompute(
     if existing is not None:
         require_same_settings(cache, existing, description)
     tasks = plan_tasks(plan, description)
-    if not unsurveyed(plan, tasks):
-        listed = make_lists(plan, tasks, writes=False) if plan.curation.enabled else {}
-        committed = _committed(cache, _with_lists(tasks, listed))
-        if len(committed) == len(tasks) and existing is not None and _is_finished(plan, existing, committed, listed):
-            logger.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
-            return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
-        require_decoder([task for task in tasks if task.name not in committed], plan.precompute.decoder)
-    else:
-        require_decoder(tasks, plan.precompute.decoder)
+    # what the lists would be, for there may be nothing to do; None where shards are still to be surveyed
+    listed = _lists_as_they_stand(plan, tasks)
+    committed = {} if listed is None else _committed(cache, _with_lists(tasks, listed))
+    if listed is not None and existing is not None and _is_finished(plan, existing, tasks, committed, listed):
+        logger.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
+        return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
+    require_decoder([task for task in tasks if task.name not in committed], plan.precompute.decoder)
     null_text = _null_text(plan)
     with hold(cache, plan.precompute.lease_timeout_s) as lease, ExitStack() as until_done:
         _remove_leftovers(cache)
         join_ray = _joined_once(ray_session, until_done)
-        listed = _curate(plan, tasks, lease, join_ray, run_surveys or run_surveys_on_ray)
+        with _overtaken_first(cache, lease):
+            listed = _curate(plan, tasks, lease, join_ray, run_surveys or run_surveys_on_ray)
         if listed and show_lists is not None:
             show_lists(cache)
         tasks = _with_lists(tasks, listed)
@@ -132,8 +131,9 @@ def run_precompute(
         limit = _limit(plan, tasks, committed, listed)
         done = DoneShards(gave_up=limit.why_passed())
         if pending and not done.gave_up:
-            join_ray()
-            done = (run_shards or run_shards_on_ray)(plan, pending, lease, limit)
+            with _overtaken_first(cache, lease):
+                join_ray()
+                done = (run_shards or run_shards_on_ray)(plan, pending, lease, limit)
         require_held(cache, lease)
         storage.remove(storage.join(cache, ATTEMPTS))
         outcomes = _with_curation({**committed, **done.outcomes}, listed)
@@ -145,6 +145,23 @@ def run_precompute(
         require_held(cache, lease)
         write_manifest(cache, manifest, null_text)
     return PrecomputeResult(False, report)
+
+
+@contextmanager
+def _overtaken_first(cache: str, lease: Lease) -> Iterator[None]:
+    """That the job was overtaken says more than which shards it could not do for it."""
+    try:
+        yield
+    except ConfigError:
+        require_held(cache, lease)
+        raise
+
+
+def _lists_as_they_stand(plan: PrecomputePlan, tasks: Sequence[ShardTask]) -> dict[str, ListedShard] | None:
+    """The clip lists that the surveys give, nothing written; empty where curation is off, None where one is missing."""
+    if unsurveyed(plan, tasks):
+        return None
+    return make_lists(plan, tasks, writes=False) if plan.curation.enabled else {}
 
 
 def _joined_once(ray_session: Callable[[], AbstractContextManager[object]], stack: ExitStack) -> Callable[[], None]:
@@ -217,10 +234,13 @@ def _committed(cache: str, tasks: Iterable[ShardTask]) -> dict[str, ShardOutcome
 def _is_finished(
     plan: PrecomputePlan,
     manifest: Mapping[str, Any],
+    tasks: Sequence[ShardTask],
     committed: Mapping[str, ShardOutcome],
     listed: Mapping[str, ListedShard],
 ) -> bool:
-    """Whether all that stands beside the shards is there and of these shards and lists, no more and no fewer."""
+    """Whether all shards are committed, and all that stands beside them is there and of these shards and lists."""
+    if len(committed) < len(tasks):
+        return False
     names = (NULL_PROMPT, "report.json", *((DUPLICATES, SCORES) if listed else ()))
     beside = all(storage.exists(storage.join(plan.precompute.cache, name)) for name in names)
     curation = describe_settings(plan, listed) if listed else None

@@ -1,6 +1,5 @@
 """A precompute of many equal shards, to be killed in the middle: its config for a job, and its cache undisturbed."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from data_pipeline.pack import RawClip, write_shards
 from data_pipeline.precompute_plan import PrecomputePlan
+from m4v_dist import storage
 from m4v_dist.config.load import parse_config
 from m4v_dist.frozen.video_file import encode_mp4
 from tests.data_pipeline.made_cache import moving_blocks
@@ -58,6 +58,12 @@ class CopiedShards:
         config = parse_config(self.values(cache, raw, **precompute), where="test")
         return PrecomputePlan(config.sources, config.precompute, config.codec, config.text_encoder)
 
+    def upload(self, bucket: str) -> str:
+        """Put them into a store as well; returns the folder."""
+        for path in sorted((self.folder / "raw").iterdir()):
+            storage.write_bytes(f"{bucket}/raw/{path.name}", path.read_bytes())
+        return f"{bucket}/raw"
+
     def undisturbed(self) -> dict[str, bytes]:
         """Files of the cache that nothing happened to."""
         cache = self.folder / "undisturbed"
@@ -71,6 +77,8 @@ def files_of(cache: Path) -> dict[str, bytes]:
     return {path: data for path, data in files.items() if not path.startswith("leases/") and path != "report.json"}
 
 
-def report_of(cache: Path) -> dict[str, Any]:
-    """The report of the last run."""
-    return dict(json.loads((cache / "report.json").read_text()))
+def remote_files_of(cache: str) -> dict[str, bytes]:
+    """The same of a cache in a store."""
+    names = [f"{folder}/{name}" for folder in ("index", "shards") for name in storage.list_folder(f"{cache}/{folder}")]
+    names += [name for name in storage.list_folder(cache) if name not in {"index", "shards", "leases", "report.json"}]
+    return {name: storage.read_bytes(f"{cache}/{name}") for name in names}

@@ -2,18 +2,17 @@
 
 import signal
 import subprocess
-import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.chaos.nodes import driver, wait_for
-from tests.data_pipeline.copied_shards import CopiedShards, files_of, report_of
+from tests.data_pipeline.copied_shards import CopiedShards, files_of
+from tests.data_pipeline.run_here import run_here
 from tests.ray_environment import ray_environment
 from tests.trainer.ranks import ROOT
-
-JOB_TIMEOUT_S = 240
 
 
 def _committed(cache: Path) -> dict[str, int]:
@@ -35,7 +34,7 @@ def _workers(job: "subprocess.Popen[bytes]") -> list[psutil.Process]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_kill_9_of_worker_and_driver_costs_uncommitted_shards_only(tmp_path: Path) -> None:
-    shards = CopiedShards(tmp_path, num_shards=24)
+    shards = CopiedShards(tmp_path, num_shards=16)
     shards.write()
     cache, log = tmp_path / "cache", tmp_path / "log"
     config = shards.config(str(cache))
@@ -53,16 +52,14 @@ def test_kill_9_of_worker_and_driver_costs_uncommitted_shards_only(tmp_path: Pat
         committed = _committed(cache)
         assert len(committed) < shards.num_shards and not (cache / "manifest.json").exists()
         # at once, while processes of the killed one may still be there; its lease is seen to be nobody's
-        command = [sys.executable, "-m", "jobs.precompute_latents", "--config", config]
-        again = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=JOB_TIMEOUT_S, check=False
-        )
-        assert again.returncode == 0, again.stderr[-6000:]
-        psutil.wait_procs(descendants, timeout=60)
+        again = run_here(shards.plan(str(cache)))
+        # Ray's agents outlive their raylet by a minute
+        for process in descendants:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
     after = _committed(cache)
     left_behind = {name for name in committed if after[name] != committed[name]}
     assert not left_behind, "committed shards were done again"
-    report = report_of(cache)
-    assert report["kept"] == shards.num_shards and len(report["quarantined"]) == shards.num_shards
-    assert report["num_shards_this_run"] <= shards.num_shards - len(committed)
+    assert again.report["kept"] == shards.num_shards and len(again.report["quarantined"]) == shards.num_shards
+    assert 0 < again.report["num_shards_this_run"] <= shards.num_shards - len(committed)
     assert files_of(cache) == shards.undisturbed()
