@@ -31,7 +31,7 @@ from m4v_dist.frozen.video_file import (
     decode_image,
     resize_cover,
 )
-from m4v_dist.frozen.video_stream import VideoFacts, check_stream, probe_video, stream_frames
+from m4v_dist.frozen.video_stream import VideoFacts, check_stream, probe_video, stored_bytes, stream_frames
 
 VIDEO_KINDS = frozenset(
     {"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif", "mpg", "mpeg", "ts", "m2ts", "wmv", "flv", "ogv"}
@@ -41,10 +41,6 @@ _TEMPORAL_STRIDE = 8
 _SOURCE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 _ADDRESS = re.compile(r" ?@? ?\b0x[0-9a-f]{6,}")
 _MAX_REASON_CHARS = 300
-_NUM_HELD = 20
-"""Stored frames that a decoder may hold: 16 that later ones refer to, and a few on the way out."""
-_STORED_PIXEL_BYTES = 6
-"""At most: 16 bits in three planes."""
 
 Span = tuple[int, int]
 """First frame and number of frames of a piece of a video, in its own frames in the order they are shown."""
@@ -184,7 +180,7 @@ def checked_span(span: Span | None, num_frames: int) -> Span:
 
 
 def _decode_video(data: bytes, rule: DecodeRule, span: Span | None) -> DecodedClip:
-    facts = probe_video(data)
+    facts = probe_video(data, rule.max_bytes)
     first, num_frames = checked_span(span, facts.num_frames)
     times_s = facts.times_s()[first : first + num_frames]
     indices, fps = choose_frames(times_s - times_s[0], facts.fps, rule)
@@ -246,9 +242,11 @@ def _trusted_decord_frames(data: bytes, facts: VideoFacts, size: tuple[int, int]
 
 
 def _pyav_frames(data: bytes, facts: VideoFacts, size: tuple[int, int], indices: np.ndarray) -> Frames:
+    frames: Frames = np.empty((len(indices), *size, 3), np.uint8)
     wanted, places = np.unique(indices, return_inverse=True)
-    pictures = np.stack(list(stream_frames(data, facts, size, wanted.tolist())))
-    return pictures if len(wanted) == len(indices) else pictures[places]
+    for place, picture in enumerate(stream_frames(data, facts, size, wanted.tolist())):
+        frames[places == place] = picture
+    return frames
 
 
 def _require_room(num_frames: int, size: tuple[int, int], stored: tuple[int, int], rule: DecodeRule) -> None:
@@ -257,7 +255,8 @@ def _require_room(num_frames: int, size: tuple[int, int], stored: tuple[int, int
     Raises:
         DecodeError: the frames of a clip, and those that a decoder holds, would take more than `rule.max_bytes`.
     """
-    needed = num_frames * size[0] * size[1] * 3 + _NUM_HELD * stored[0] * stored[1] * _STORED_PIXEL_BYTES
+    # the frames, and their bytes on the way to who asked
+    needed = 2 * num_frames * size[0] * size[1] * 3 + stored_bytes(stored)
     if needed > rule.max_bytes:
         raise DecodeError(
             f"{num_frames} frames of {size[0]} x {size[1]}, resized from {stored[0]} x {stored[1]}, may take "

@@ -1,8 +1,9 @@
 """Frames by decord, and where it may be asked for them: the one door of decord. No torch.
 
 decord 0.6 carries an FFmpeg of 2019. It is quick where frames are resized and few are wanted, and it was seen to return
-other frames than those asked for, without an error, from containers and streams outside of `TRUSTED_CONTAINERS` and
-from cut edit lists. It also says nothing to its caller of damaged data; FFmpeg inside it does, on stderr.
+other frames than those asked for, without an error, from containers and streams outside of `TRUSTED_CONTAINERS`, from
+cut edit lists, and from open groups of pictures, where it counts wrong after it has sought (x265 writes such groups
+unless told otherwise). It also says nothing to its caller of damaged data; FFmpeg inside it does, on stderr.
 
 Legend: `t` frames, `h` `w` pixels, `c` colours.
 """
@@ -20,7 +21,7 @@ import numpy as np
 
 from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.video_file import Frames, MediaError
-from m4v_dist.frozen.video_stream import VideoFacts
+from m4v_dist.frozen.video_stream import Turn, VideoFacts
 
 TRUSTED_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 TRUSTED_CODECS = frozenset({"h264", "hevc"})
@@ -40,12 +41,14 @@ def why_not_decord(facts: VideoFacts) -> str | None:
         return f"codec {facts.codec}"
     if facts.num_outside_edit:
         return f"an edit list that cuts {facts.num_outside_edit} frames off"
+    if facts.num_leading:
+        return "open groups of pictures"
     if facts.num_video_streams > 1:
         return f"{facts.num_video_streams} video streams or pictures"
     if not facts.stamps:
         return "frames without timestamps"
-    if facts.turn.is_mirror_image:
-        return "frames that are to be mirrored"
+    if facts.turn != Turn():
+        return "frames that are to be turned"
     return None
 
 
@@ -71,7 +74,8 @@ def decord_frames(data: bytes, facts: VideoFacts, size: tuple[int, int], indices
         ConfigError: decord is missing or broken.
     """
     decord = _import_decord()
-    decord.logging.set_level(decord.logging.ERROR)
+    # it tells of what it conceals at this level only, and of a sound file nothing
+    decord.logging.set_level(decord.logging.INFO)
     height, width = size
     with _printed() as printed:
         try:

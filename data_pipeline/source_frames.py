@@ -3,10 +3,12 @@
 The frames are those that `decode.decode_clip` counts: a span found here is cut there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from data_pipeline.decode import VIDEO_KINDS, DecodeError, printable
+import numpy as np
+
+from data_pipeline.decode import VIDEO_KINDS, DecodeError, decode_frames, printable
 from m4v_dist.frozen.video_file import Frames, MediaError, decode_animation, resize_cover
 from m4v_dist.frozen.video_stream import probe_video, stream_frames
 
@@ -43,13 +45,15 @@ def read_frames(
         data: the whole file.
         kind: its extension in lower case, without the dot.
         short_side_px: the shorter side that frames are scaled to; smaller videos keep their size.
-        decoder: as `precompute.decoder`.
+        decoder: as `precompute.decoder`; "auto" is PyAV here, which reads front to back anyway. "decord" and
+            "torchcodec" hold all frames, small, at once.
 
     Returns:
         what the video is; and an iterator of (seconds from the first frame, picture h w c uint8).
 
     Raises:
         DecodeError: it cannot be decoded; also while iterating, where the data are damaged further on.
+        ConfigError: while iterating: a decoder that is asked for is missing or broken.
     """
     if kind not in VIDEO_KINDS:
         raise DecodeError(f"kind {kind!r} is not among {sorted(VIDEO_KINDS)}")
@@ -59,12 +63,17 @@ def read_frames(
         facts = probe_video(data)
     except MediaError as error:
         raise DecodeError(printable(str(error))) from error
+    name = "pyav" if decoder == "auto" else decoder
+    info = SourceInfo(*facts.size, facts.fps, facts.num_frames_in_header, facts.container, facts.codec, name)
     small = _small(facts.size, short_side_px)
-    info = SourceInfo(*facts.size, facts.fps, facts.num_frames_in_header, facts.container, facts.codec, "pyav")
 
     def frames() -> Iterator[tuple[float, Frames]]:
         try:
-            yield from zip(facts.times_s().tolist(), stream_frames(data, facts, small), strict=True)
+            if name == "pyav":
+                pictures: Iterable[Frames] = stream_frames(data, facts, small)
+            else:
+                pictures = decode_frames(data, facts, small, np.arange(facts.num_frames), name)[0]
+            yield from zip(facts.times_s().tolist(), pictures, strict=True)
         except MediaError as error:
             raise DecodeError(printable(str(error))) from error
 

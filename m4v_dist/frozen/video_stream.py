@@ -19,11 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from m4v_dist.frozen.declared_size import missing_bytes
+from m4v_dist.frozen.container_checks import require_whole
 from m4v_dist.frozen.parameter_sets import keeps_its_parameters
 from m4v_dist.frozen.video_file import Frames, MediaError
 
 _MAX_FPS = 1000.0
+_WITHOUT_TIMES = frozenset({"avi"})
+"""Containers that store frames in the order of decoding, and no times: FFmpeg's are guesses."""
+_NUM_HELD = 20
+"""Frames that a decoder may hold: 16 that later ones refer to, and a few on the way out."""
+_STORED_PIXEL_BYTES = 6
+"""At most: 16 bits in three planes."""
 _ONE = 1 << 16
 """1 in the fixed point numbers of a display matrix."""
 
@@ -72,6 +78,8 @@ class VideoFacts:
         is_constant_rate: whether all frames lie at `fps`, to half a frame.
         num_frames_in_header: 0 where the container names none.
         num_outside_edit: packets that are decoded but not shown, because an edit list cuts them off.
+        num_leading: packets that follow a key frame and are shown before it (an open group of pictures): whoever seeks
+            to that key frame lacks what they refer to.
         num_video_streams: in the file, attached pictures too.
         keeps_parameters: whether the size of its frames is known to be one; see `parameter_sets.py`.
     """
@@ -89,6 +97,7 @@ class VideoFacts:
     is_constant_rate: bool
     num_frames_in_header: int
     num_outside_edit: int
+    num_leading: int
     num_video_streams: int
     keeps_parameters: bool
 
@@ -99,22 +108,35 @@ class VideoFacts:
         return _seconds(self.stamps, self.time_base)
 
 
-def probe_video(data: bytes) -> VideoFacts:
+def stored_bytes(size: tuple[int, int]) -> int:
+    """Most memory that a decoder may take for frames stored at (height, width)."""
+    return _NUM_HELD * size[0] * size[1] * _STORED_PIXEL_BYTES
+
+
+def probe_video(data: bytes, max_bytes: int | None = None) -> VideoFacts:
     """Read a file's headers, packets and first frame.
 
+    Args:
+        data: the file.
+        max_bytes: most that a decoder may take for its own frames; None: no limit.
+
     Raises:
-        MediaError: no video that can be decoded, or a file that is cut; the message names what is wrong.
+        MediaError: no video that can be decoded, one that is too large, or a file that is cut; the message names what
+            is wrong.
     """
-    if not data:
-        raise MediaError("the file is empty")
-    missing = missing_bytes(data)
-    if missing:
-        raise MediaError(f"the file is cut: {missing} of {len(data) + missing} bytes that it announces are missing")
-    with _opened(data) as container:
+    require_whole(data)
+    with _opened(data) as (container, errors):
         streams = _video_streams(container)
         stream = max(streams, key=lambda one: one.codec_context.width * one.codec_context.height)
-        stream.codec_context.thread_count = 1
+        announced = (stream.codec_context.height, stream.codec_context.width)
+        if max_bytes is not None and stored_bytes(announced) > max_bytes:
+            raise MediaError(
+                f"frames of {announced[0]} x {announced[1]} may take {stored_bytes(announced) / 2**30:.2f} GiB in a "
+                f"decoder, more than {max_bytes / 2**30:g} GiB"
+            )
+        _set_up(stream)
         packets, first = _read_packets(container, stream)
+        errors.require_none(stream)
         shown = [packet for packet in packets if not packet.is_discard]
         if first is None:
             raise MediaError(f"none of {len(packets)} packets gives a frame")
@@ -123,7 +145,7 @@ def probe_video(data: bytes) -> VideoFacts:
         coded_size = (first.height, first.width)
         ratio = _width_of_pixel(stream.sample_aspect_ratio)
         stamps = tuple(sorted(packet.pts for packet in shown if packet.pts is not None))
-        if len(stamps) < len(shown):
+        if len(stamps) < len(shown) or container.format.name in _WITHOUT_TIMES:
             stamps = ()
         if any(earlier == later for earlier, later in zip(stamps, stamps[1:], strict=False)):
             raise MediaError("two frames are to be shown at one time; the timestamps are damaged")
@@ -142,6 +164,7 @@ def probe_video(data: bytes) -> VideoFacts:
             is_constant_rate=is_constant,
             num_frames_in_header=stream.frames,
             num_outside_edit=len(packets) - len(shown),
+            num_leading=_num_leading(packets),
             num_video_streams=len(container.streams.video),
             keeps_parameters=keeps_its_parameters(
                 stream.codec_context.codec.canonical_name,
@@ -185,6 +208,9 @@ def stream_frames(
     height, width = facts.turn.of_size(size)
     for number, frame in enumerate(_decoded(data, facts)):
         if asked is None or number in asked:
+            if frame.interlaced_frame:
+                # swscale would scale its two fields apart, and keep the comb; decord's does not
+                frame = _progressive(frame)
             picture = frame.to_ndarray(
                 format="rgb24", width=width, height=height, interpolation=Interpolation.BILINEAR, threads=1
             )
@@ -194,15 +220,36 @@ def stream_frames(
             return
 
 
+def _set_up(stream: Any) -> None:
+    """One thread, and checksums compared where a stream holds them."""
+    stream.codec_context.thread_count = 1
+    stream.codec_context.options = {"err_detect": "crccheck"}
+
+
+def _progressive(frame: Any) -> Any:
+    """The same picture without the mark that its lines are of two fields."""
+    from av.filter import Graph
+
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1)
+    )
+    graph.link_nodes(source, graph.add("setparams", "field_mode=prog"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
+
+
 def _decoded(data: bytes, facts: VideoFacts) -> Iterator[Any]:
     """PyAV's frames, each held to the facts, and their number at the end."""
     number = -1
-    with _opened(data) as container:
+    with _opened(data) as (container, errors):
         stream = container.streams[facts.stream]
-        stream.codec_context.thread_count = 1
+        _set_up(stream)
         for number, frame in enumerate(container.decode(stream)):
+            errors.require_none(stream)
             _require_frame(frame, number, facts)
             yield frame
+        errors.require_none(stream)
     if number + 1 < facts.num_frames:
         raise MediaError(f"{facts.num_frames} packets gave {number + 1} frames; the data are damaged or cut")
 
@@ -231,19 +278,42 @@ def _require_frame(frame: Any, number: int, facts: VideoFacts) -> None:
         )
 
 
+class _Errors:
+    """What FFmpeg logs as an error while a file is open: often all that tells of damage."""
+
+    def __init__(self, lines: list[tuple[int, str, str]]) -> None:
+        self._lines = lines
+
+    def require_none(self, stream: Any) -> None:
+        """Check that container and video decoder had none; those of audio are not ours.
+
+        Raises:
+            MediaError: they had.
+        """
+        codec = stream.codec_context.codec
+        ours = {stream.container.format.name, codec.name, codec.canonical_name}
+        for _, name, text in self._lines:
+            if name in ours:
+                raise MediaError(f"the data are damaged: {name.split(',')[0]}: {text.strip()}")
+
+
 @contextmanager
-def _opened(data: bytes) -> Iterator[Any]:
-    """The container of a file in memory; it can open no other file.
+def _opened(data: bytes) -> Iterator[tuple[Any, _Errors]]:
+    """The container of a file in memory, and the errors that are logged; it can open no other file.
 
     Raises:
         MediaError: inside and at the start, for what FFmpeg cannot read.
     """
     import av
 
+    av.logging.set_level(av.logging.ERROR)
+    # else a repeated line is told when the next file is open
+    av.logging.set_skip_repeated(False)
     try:
         # playlists would name files of this machine, or of others
-        with av.open(io.BytesIO(data), options={"protocol_whitelist": "none"}) as container:
-            yield container
+        options = {"protocol_whitelist": "none"}
+        with av.logging.Capture() as lines, av.open(io.BytesIO(data), options=options) as container:
+            yield container, _Errors(lines)
     except av.FFmpegError as error:
         log: Any = error.log
         detail = f" ({log[2].strip()})" if log else ""
@@ -289,6 +359,17 @@ def _require_whole(num_in_header: int, packets: Sequence[Any]) -> None:
     for number, packet in enumerate(packets):
         if packet.is_corrupt:
             raise MediaError(f"packet {number} of {len(packets)} is cut or damaged")
+
+
+def _num_leading(packets: Sequence[Any]) -> int:
+    """How many packets, in the order of decoding, are shown before the key frame that they follow."""
+    key, found = None, 0
+    for packet in packets:
+        if packet.is_keyframe:
+            key = packet.pts
+        elif key is not None and packet.pts is not None and packet.pts < key:
+            found += 1
+    return found
 
 
 def _width_of_pixel(ratio: Fraction | None) -> Fraction:

@@ -74,7 +74,7 @@ def test_a_child_that_hangs_is_killed_after_the_timeout() -> None:
 def fake_decord(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Put another decord before the installed one, for processes that start now."""
     head = "import os, sys, time, types\nDECORDError = OSError\n"
-    logging = "logging = types.SimpleNamespace(ERROR=16, set_level=lambda level: None)\n"
+    logging = "logging = types.SimpleNamespace(INFO=32, set_level=lambda level: None)\n"
     (folder / "decord.py").write_text(f"{head}{logging}{code}\n")
     monkeypatch.syspath_prepend(str(folder))
 
