@@ -1,7 +1,7 @@
 """The Ray Data graph of raw shard -> latent cache: one task per shard, decode and encode fused in an actor.
 
-With `curation.enabled` a pass before it surveys the raw shards (`survey_actor.py`) and makes clip lists of the surveys
-(`curation.py`), which are what is encoded. Ray itself stands in `ray_pool.py`. Frames never pass the object store: a
+With `curation.enabled` a pass before it surveys the raw shards and makes clip lists of the surveys (`first_pass.py`),
+which are what is encoded. Ray itself stands in `ray_pool.py`. Frames never pass the object store: a
 `shard_actor.ShardActor` does a whole raw shard by itself; what travels are task names and counts. A shard is committed
 by its index fragment, so a restart redoes the uncommitted ones only.
 
@@ -24,15 +24,14 @@ from typing import Any
 
 from data_pipeline.attempts import ATTEMPTS
 from data_pipeline.clip_list import CURATION
-from data_pipeline.curation import (
-    DUPLICATES,
-    SCORES,
-    ListedShard,
-    describe_settings,
-    format_counts,
-    make_lists,
-    survey_tasks,
-    unsurveyed,
+from data_pipeline.curation import DUPLICATES, SCORES, ListedShard, describe_settings
+from data_pipeline.first_pass import (
+    RunSurveys,
+    lists_as_they_stand,
+    run_surveys_on_ray,
+    survey_and_list,
+    with_curation,
+    with_lists,
 )
 from data_pipeline.latent_cache import NULL_PROMPT, index_path, read_manifest, write_manifest
 from data_pipeline.manifest import read_index
@@ -47,11 +46,10 @@ from data_pipeline.precompute_plan import (
     require_own_shard,
     require_same_settings,
 )
-from data_pipeline.precompute_progress import BadLimit, DoneShards, collect, collect_surveys
+from data_pipeline.precompute_progress import BadLimit, DoneShards, collect
 from data_pipeline.precompute_report import require_enough, write_report
 from data_pipeline.ray_pool import ActorPool, run_on_ray
 from data_pipeline.shard_actor import CALLS_PER_ACTOR, ShardActor
-from data_pipeline.survey_actor import SurveyActor
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import ConfigError
@@ -62,8 +60,6 @@ logger = logging.getLogger(__name__)
 
 RunShards = Callable[[PrecomputePlan, list[ShardTask], Lease, BadLimit], DoneShards]
 """Does the pending shards under a lease, until the limit is passed; `run_shards_on_ray` is the one of every job."""
-RunSurveys = Callable[[PrecomputePlan, list[ShardTask], Lease], None]
-"""Surveys the pending shards under a lease; `run_surveys_on_ray` is the one of every job."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +105,8 @@ def run_precompute(
         require_same_settings(cache, existing, description)
     tasks = plan_tasks(plan, description)
     # what the lists would be, for there may be nothing to do; None where shards are still to be surveyed
-    listed = _lists_as_they_stand(plan, tasks)
-    committed = {} if listed is None else _committed(cache, _with_lists(tasks, listed))
+    listed = lists_as_they_stand(plan, tasks)
+    committed = {} if listed is None else _committed(cache, with_lists(tasks, listed))
     if listed is not None and existing is not None and _is_finished(plan, existing, tasks, committed, listed):
         logger.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
         return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
@@ -120,10 +116,10 @@ def run_precompute(
         _remove_leftovers(cache)
         join_ray = _joined_once(ray_session, until_done)
         with _overtaken_first(cache, lease):
-            listed = _curate(plan, tasks, lease, join_ray, run_surveys or run_surveys_on_ray)
+            listed = survey_and_list(plan, tasks, lease, join_ray, run_surveys or run_surveys_on_ray)
         if listed and show_lists is not None:
             show_lists(cache)
-        tasks = _with_lists(tasks, listed)
+        tasks = with_lists(tasks, listed)
         # looked at once more: until the lease was claimed another job may have been at work
         committed = _committed(cache, tasks)
         pending = [task for task in tasks if task.name not in committed]
@@ -136,7 +132,7 @@ def run_precompute(
                 done = (run_shards or run_shards_on_ray)(plan, pending, lease, limit)
         require_held(cache, lease)
         storage.remove(storage.join(cache, ATTEMPTS))
-        outcomes = _with_curation({**committed, **done.outcomes}, listed)
+        outcomes = with_curation({**committed, **done.outcomes}, listed)
         report = write_report(cache, outcomes, done, time.monotonic() - started)
         require_enough(plan.precompute, report)
         manifest = _manifest(plan, description, tasks)
@@ -157,13 +153,6 @@ def _overtaken_first(cache: str, lease: Lease) -> Iterator[None]:
         raise
 
 
-def _lists_as_they_stand(plan: PrecomputePlan, tasks: Sequence[ShardTask]) -> dict[str, ListedShard] | None:
-    """The clip lists that the surveys give, nothing written; empty where curation is off, None where one is missing."""
-    if unsurveyed(plan, tasks):
-        return None
-    return make_lists(plan, tasks, writes=False) if plan.curation.enabled else {}
-
-
 def _joined_once(ray_session: Callable[[], AbstractContextManager[object]], stack: ExitStack) -> Callable[[], None]:
     """What enters the session with its first call alone, for as long as `stack` lasts: two passes share one Ray."""
     is_joined = False
@@ -175,45 +164,6 @@ def _joined_once(ray_session: Callable[[], AbstractContextManager[object]], stac
             is_joined = True
 
     return join
-
-
-def _curate(
-    plan: PrecomputePlan,
-    tasks: Sequence[ShardTask],
-    lease: Lease,
-    join_ray: Callable[[], None],
-    run_surveys: RunSurveys,
-) -> dict[str, ListedShard]:
-    """Pass 1: survey what is not surveyed yet, then write the clip lists; nothing where curation is off."""
-    if not plan.curation.enabled:
-        return {}
-    pending = unsurveyed(plan, tasks)
-    if pending:
-        num_all = len(survey_tasks(plan, tasks))
-        logger.info("curation: %d shards: %d surveyed before, %d to do", num_all, num_all - len(pending), len(pending))
-        join_ray()
-        run_surveys(plan, pending, lease)
-    require_held(plan.precompute.cache, lease)
-    listed = make_lists(plan, tasks)
-    logger.info("curation\n%s", format_counts(listed))
-    return listed
-
-
-def _with_lists(tasks: Sequence[ShardTask], listed: Mapping[str, ListedShard]) -> list[ShardTask]:
-    return [listed[task.name].task if listed else task for task in tasks]
-
-
-def _with_curation(outcomes: dict[str, ShardOutcome], listed: Mapping[str, ListedShard]) -> dict[str, ShardOutcome]:
-    """What became of all clips: of those too that pass 1 dropped, or could not survey."""
-    nothing_done = {
-        name: ShardOutcome(shard.task.source, shard.task.fingerprint)
-        for name, shard in listed.items()
-        if shard.quarantined
-    }
-    return {
-        name: listed[name].outcome_with(outcome) if listed else outcome
-        for name, outcome in (nothing_done | outcomes).items()
-    }
 
 
 def _limit(
@@ -262,13 +212,6 @@ def run_shards_on_ray(plan: PrecomputePlan, pending: list[ShardTask], lease: Lea
     tasks = [json.dumps(asdict(task)) for task in pending]
     pool = ActorPool.of(plan.precompute, CALLS_PER_ACTOR)
     return collect(run_on_ray(ShardActor, (plan, lease), tasks, pool), len(pending), limit)
-
-
-def run_surveys_on_ray(plan: PrecomputePlan, pending: list[ShardTask], lease: Lease) -> None:
-    """Survey the pending shards in an actor pool on the Ray that is up; see `RunSurveys` and `collect_surveys`."""
-    tasks = [json.dumps(asdict(task)) for task in pending]
-    pool = ActorPool.of_surveys(plan.curation, plan.precompute.wait_for_nodes)
-    collect_surveys(run_on_ray(SurveyActor, (plan, lease), tasks, pool), len(pending))
 
 
 def _manifest(plan: PrecomputePlan, description: dict[str, Any], tasks: list[ShardTask]) -> dict[str, Any]:
