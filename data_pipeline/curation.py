@@ -9,9 +9,11 @@ then shard, then place in the shard. The same record read under two sources (in 
 itself.
 """
 
+import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from m4v_dist import storage
 
 DUPLICATES = f"{CURATION}/duplicates.txt"
 SCORES = f"{CURATION}/scores.json"
+_HASH_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -66,26 +69,30 @@ class ListedShard:
         )
 
 
-@dataclass
 class _Copies:
-    """Where the clips that pass stand, in order, and which of them is a copy of one before."""
+    """Which clips have the media of one before them; 24 bytes are held of each clip."""
 
-    hashes: list[str] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._hashes = bytearray()
+        self._places = array("q")
 
-    def add(self, media: str, clip: SurveyedClip, place: tuple[int, int]) -> None:
-        """Take the next clip; `place` is the number of its shard and of its row."""
-        self.hashes.append(f"{clip.content_hash}-{media}-{clip.first_frame}")
-        self.places.append(place)
+    def add(self, media: str, clip: SurveyedClip, number: int, row: int) -> None:
+        """Take the next clip that passes: the number of its shard and of its row there."""
+        named = f"{clip.content_hash}-{media}-{clip.first_frame}"
+        self._hashes += hashlib.blake2b(named.encode(), digest_size=_HASH_BYTES).digest()
+        self._places.append(number << 32 | row)
 
     def first_of(self) -> dict[tuple[int, int], tuple[int, int]]:
         """Place of each clip that has the media of one before it, to the place of the first such."""
-        if not self.hashes:
-            return {}
-        _, firsts, which = np.unique(np.array(self.hashes), return_index=True, return_inverse=True)
+        hashes = np.frombuffer(bytes(self._hashes), dtype=f"S{_HASH_BYTES}")
+        _, firsts, which = np.unique(hashes, return_index=True, return_inverse=True)
         first = firsts[which]
         copies = np.flatnonzero(first != np.arange(len(first)))
-        return {self.places[number]: self.places[first[number]] for number in copies.tolist()}
+        return {self._place(number): self._place(first[number]) for number in copies.tolist()}
+
+    def _place(self, number: int) -> tuple[int, int]:
+        place = self._places[number]
+        return place >> 32, place & 0xFFFFFFFF
 
 
 def surveyed_as(tasks: Sequence[ShardTask]) -> dict[str, str]:
@@ -121,7 +128,7 @@ def unsurveyed(plan: PrecomputePlan, tasks: Sequence[ShardTask]) -> list[ShardTa
 def make_lists(plan: PrecomputePlan, tasks: Sequence[ShardTask], writes: bool = True) -> dict[str, ListedShard]:
     """Judge all surveyed pieces, and write the clip list of each shard, the duplicates and the histograms.
 
-    Surveys are read one after the other, twice; what is held of each clip is its hash and its place.
+    Surveys are read one after the other, twice; of the clips little is held (`_Copies`).
 
     Args:
         plan: thresholds and sources.
@@ -137,7 +144,7 @@ def make_lists(plan: PrecomputePlan, tasks: Sequence[ShardTask], writes: bool = 
         for number, (task, (clips, _)) in enumerate(zip(tasks, read_many(paths), strict=True)):
             for row, clip in enumerate(judged(plan, task, clips)):
                 if not clip.reason:
-                    copies.add(task.media, clip, (number, row))
+                    copies.add(task.media, clip, number, row)
     first_of = copies.first_of()
     names = _names_of(tasks, paths, first_of)
     histograms = ScoreHistograms()

@@ -105,5 +105,5 @@ def require_enough(settings: PrecomputeSettings, report: dict[str, Any]) -> None
     if report["kept"] == 0:
         raise DataError(
             f"precompute: none of {total} clips was kept (filtered: {report['filtered']}, quarantined: {bad}); "
-            f"see {where}, and lower precompute.min_frames={settings.min_frames} if clips are short."
+            f"see {where}, and lower precompute.min_frames={settings.min_frames} or curation.thresholds, as these say."
         )

@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline import decoder_pool
 from data_pipeline.clip_list import ClipList, SurveyedClip, list_path, read_clips, survey_path
-from data_pipeline.curation import make_lists, survey_tasks, unsurveyed
+from data_pipeline.curation import _Copies, make_lists, survey_tasks, unsurveyed
 from data_pipeline.decode import DecodeRule, decode_clip
 from data_pipeline.filters import reason_by_thresholds
 from data_pipeline.latent_cache import LatentCache
@@ -318,6 +318,35 @@ def test_both_passes_on_ray_give_what_they_give_here(curated: Path, shards: str,
         if name != "report.json" and not name.startswith("leases/"):
             assert (tmp_path / "cache" / name).read_bytes() == (curated / name).read_bytes(), name
     assert run_precompute(plan, session).did_nothing
+
+
+def test_a_shard_of_which_nothing_can_be_surveyed_keeps_nothing(tmp_path: Path) -> None:
+    write_shards([RawClip("mute", "mp4", b"x", None)], f"{tmp_path}/one-%03d.tar", 9)
+    write_shards([RawClip("own", "mp4", encode_mp4(texture(7, 25), 24.0), "own")], f"{tmp_path}/two-%03d.tar", 9)
+    plan = make_plan(str(tmp_path), tmp_path / "cache")
+    one = plan.sources[0].model_copy(update={"shards": f"{tmp_path}/one-000.tar"})
+    settings = plan.precompute.model_copy(update={"max_bad_fraction": 0.5})
+    report = run_here(replace(plan, sources=(one, plan.sources[1]), precompute=settings)).report
+    assert (report["kept"], report["num_clips"], len(report["quarantined"])) == (1, 2, 1)
+    with pytest.raises(DataError, match="none of 1 clips was kept"):
+        run_here(
+            replace(
+                plan,
+                sources=(plan.sources[1].model_copy(update={"thresholds": CurationThresholds(min_seconds=9.0)}),),
+                precompute=settings.model_copy(update={"cache": str(tmp_path / "other")}),
+            )
+        )
+
+
+def test_copies_are_found_whatever_their_hashes_end_in() -> None:
+    copies = _Copies()
+    hashes = [f"{number:032x}" for number in (5, 7, 5, 5 << 120, 7, 0)]
+    for row, content_hash in enumerate(hashes):
+        copies.add("video", surveyed(content_hash=content_hash), 3 * row, 2**31 + row)
+    assert copies.first_of() == {(6, 2**31 + 2): (0, 2**31), (12, 2**31 + 4): (3, 2**31 + 1)}
+    copies.add("image", surveyed(content_hash=hashes[0]), 99, 0)
+    copies.add("video", surveyed(content_hash=hashes[0], first_frame=4), 99, 1)
+    assert len(copies.first_of()) == 2 and _Copies().first_of() == {}
 
 
 def test_a_list_that_is_not_the_drivers_is_refused(curated: Path) -> None:
