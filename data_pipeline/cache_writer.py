@@ -7,7 +7,7 @@ Legend: `c` channels, `t` latents in time, `h` `w` grid.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +28,12 @@ class CacheShardWriter:
     Args:
         cache: its folder.
         name: of the shard.
+        require_held: asked before anything is written under a final name; raises where another job has the cache now.
     """
 
-    def __init__(self, cache: str, name: str) -> None:
+    def __init__(self, cache: str, name: str, require_held: Callable[[], None] = lambda: None) -> None:
         self._cache = cache
+        self._require_held = require_held
         self._name = name
         self._rows: list[IndexRow] = []
         # of what is meant, not of what a disk keeps of it
@@ -65,16 +67,22 @@ class CacheShardWriter:
     def commit(self, notes: dict[str, Any]) -> None:
         """Place the tar, verify every record under its final name, then write the index fragment.
 
+        The fragment's notes are those given and `tar_bytes`, the size of the tar, 0 where there is none.
+
         Raises:
             OSError: the placed file does not read back as it was written; the shard stays uncommitted.
             NoSpaceError: a disk is full; the shard stays uncommitted.
         """
         # a shard of which nothing was kept has no tar: WebDataset readers stop at an empty one
+        tar_bytes = 0
         if self._rows:
-            _verify_placed(shard_path(self._cache, self._name), self._tar.place(), self._rows)
+            self._require_held()
+            tar_bytes = self._tar.place()
+            _verify_placed(shard_path(self._cache, self._name), tar_bytes, self._rows)
         else:
             self._tar.discard()
-        write_index(index_path(self._cache, self._name), self._rows, notes)
+        self._require_held()
+        write_index(index_path(self._cache, self._name), self._rows, {**notes, "tar_bytes": tar_bytes})
 
     def abandon(self) -> None:
         """Remove the draft of a shard that will not be committed; nothing happens after `commit`."""

@@ -1,9 +1,14 @@
-"""Media bytes to frames: decord, or Pillow for stills and GIF, in this process (`decoder_pool.py`: in others).
+"""Media bytes to frames of a bucket: what is asked of which decoder, in this process (`decoder_pool.py`: in others).
 
-The only file that imports decord. It imports no torch, because decoder child processes should start fast.
+It imports no torch, because decoder child processes should start fast.
 
-Rules: frames from the start at the asked rate, cut to 8k+1; resized inside the decoder so that they cover the bucket of
-the nearest aspect ratio, then cropped at the centre. Slower clips keep their rate.
+Rules: frames from the start at the asked rate by their real times, cut to 8k+1; upright, in square pixels, resized
+inside the decoder so that they cover the bucket of the nearest aspect ratio, then cropped at the centre. Slower clips
+keep their rate.
+
+Every video is probed first (`m4v_dist/frozen/video_stream.py`), and whoever decodes is held to that. "auto" takes
+decord for what it is trusted with, and PyAV, which reads front to back and checks each frame, for the rest and wherever
+decord fails, counts or times frames otherwise, or prints an error. Pictures and GIF go to Pillow.
 
 Legend: `t` frames, `h` `w` pixels, `c` colours.
 """
@@ -12,11 +17,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 
-from m4v_dist.errors import ConfigError
+from data_pipeline.decode_decord import decord_frames, is_trusted, why_not_decord
+from data_pipeline.decode_torchcodec import torchcodec_frames
 from m4v_dist.frozen.video_file import (
     Frames,
     MediaError,
@@ -26,29 +31,38 @@ from m4v_dist.frozen.video_file import (
     decode_image,
     resize_cover,
 )
+from m4v_dist.frozen.video_stream import VideoFacts, check_stream, probe_video, stored_bytes, stream_frames
 
-VIDEO_KINDS = frozenset({"mp4", "webm", "mkv", "mov", "avi", "gif"})
+VIDEO_KINDS = frozenset(
+    {"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif", "mpg", "mpeg", "ts", "m2ts", "wmv", "flv", "ogv"}
+)
 IMAGE_KINDS = frozenset({"jpg", "jpeg", "png", "webp"})
 _TEMPORAL_STRIDE = 8
-_WRONG_FRAME_MAGIC = {b"\x00\x00\x01\xba": "MPEG program stream", b"\x30\x26\xb2\x75": "ASF (WMV)"}
 _SOURCE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 _ADDRESS = re.compile(r" ?@? ?\b0x[0-9a-f]{6,}")
 _MAX_REASON_CHARS = 300
 
+Span = tuple[int, int]
+"""First frame and number of frames of a piece of a video, in its own frames in the order they are shown."""
+
 
 @dataclass(frozen=True)
 class DecodeRule:
-    """How clips are cut: frame rate, length and sizes.
+    """How clips are cut: frame rate, length and sizes; and by what.
 
     Args:
         buckets: allowed (height, width) in pixels.
         num_frames: longest clip, 8k+1.
         fps: highest frame rate.
+        decoder: "auto", or the backend that decodes all video: "decord", "pyav", "torchcodec".
+        max_bytes: a clip whose decoding would take more memory is an error.
     """
 
     buckets: tuple[tuple[int, int], ...]
     num_frames: int
     fps: float
+    decoder: str = "auto"
+    max_bytes: int = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -59,9 +73,10 @@ class DecodedClip:
         frames: t h w c, uint8, t = 8k+1.
         fps: frames per second of `frames`; 0 for a still.
         bucket: (height, width) in pixels.
-        source_size: (height, width) of the file, in pixels.
-        source_num_frames: frames that the file holds.
-        source_fps: its frame rate; 0 for a still.
+        source_size: (height, width) of the file as shown: upright, in square pixels.
+        source_num_frames: frames that the file holds, or those of the span.
+        source_fps: its mean frame rate; 0 for a still.
+        decoder: what decoded it: "decord", "pyav", "torchcodec", or "pillow" for pictures.
     """
 
     frames: Frames
@@ -70,6 +85,7 @@ class DecodedClip:
     source_size: tuple[int, int]
     source_num_frames: int
     source_fps: float
+    decoder: str
 
 
 class DecodeError(Exception):
@@ -81,124 +97,171 @@ def choose_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> 
     return min(buckets, key=lambda bucket: abs(math.log(size[0] / size[1]) - math.log(bucket[0] / bucket[1])))
 
 
-def choose_frames(num_frames: int, source_fps: float, rule: DecodeRule) -> tuple[np.ndarray, float]:
-    """Which frames of a file make the clip.
+def choose_frames(times_s: np.ndarray, source_fps: float, rule: DecodeRule) -> tuple[np.ndarray, float]:
+    """Which frames of a video make the clip: at each tick of its rate the one whose time is nearest, later on a tie.
 
     Args:
-        num_frames: frames in the file, > 0.
+        times_s: when each frame is shown, ascending from 0; at least one.
         source_fps: its mean rate, > 0.
         rule: length and rate.
 
     Returns:
-        ascending indices from 0, int64, their count 8k+1; and the clip's frame rate.
+        ascending indices from 0, int64, their count 8k+1; and the clip's frame rate. Where a video's frames are
+        unevenly spaced, one may be taken twice.
     """
     fps = min(source_fps, rule.fps)
-    step = source_fps / fps
-    available = int((num_frames - 1) / step + 1e-6) + 1
+    available = int(times_s[-1] * fps + 1e-6) + 1
     count = (min(available, rule.num_frames) - 1) // _TEMPORAL_STRIDE * _TEMPORAL_STRIDE + 1
-    return np.minimum(np.floor(np.arange(count) * step + 0.5).astype(np.int64), num_frames - 1), fps
+    borders = (times_s[:-1] + times_s[1:]) / 2
+    ticks = np.arange(count) / fps
+    return np.searchsorted(borders, ticks + 1e-6 / source_fps, side="right").astype(np.int64), fps
 
 
-def decode_clip(data: bytes, kind: str, rule: DecodeRule) -> DecodedClip:
+def decode_clip(data: bytes, kind: str, rule: DecodeRule, span: Span | None = None) -> DecodedClip:
     """Decode one file in this process; callers with unknown files go through `DecoderPool`.
 
     Args:
         data: the whole file.
         kind: its extension in lower case, without the dot.
-        rule: frame rate, length, sizes.
+        rule: frame rate, length, sizes, decoder.
+        span: the piece of the video that the clip is cut from; None is all of it.
 
     Raises:
-        DecodeError: it cannot be decoded, or fewer frames came than were asked for.
-        ConfigError: decord is missing or broken.
+        DecodeError: it cannot be decoded, other frames came than were asked for, it is too large, or the span does not
+            lie in it.
+        ConfigError: a decoder is missing or broken.
     """
+    if kind not in VIDEO_KINDS | IMAGE_KINDS:
+        raise DecodeError(f"kind {kind!r} is not among {sorted(VIDEO_KINDS | IMAGE_KINDS)}")
     try:
         if kind in IMAGE_KINDS:
-            return _decode_still(data, kind, rule)
+            return _decode_still(data, kind, rule, span)
         if kind == "gif":
-            return _decode_pictures(*decode_animation(data), rule)
+            return _decode_pictures(*decode_animation(data, max_bytes=rule.max_bytes), rule, span)
+        return _decode_video(data, rule, span)
     except MediaError as error:
-        raise DecodeError(str(error)) from error
-    if kind not in VIDEO_KINDS:
-        raise DecodeError(f"kind {kind!r} is not among {sorted(VIDEO_KINDS | IMAGE_KINDS)}")
-    return _decode_video(data, rule)
+        raise DecodeError(printable(str(error))[:_MAX_REASON_CHARS]) from error
 
 
-def _decode_still(data: bytes, kind: str, rule: DecodeRule) -> DecodedClip:
+def _decode_still(data: bytes, kind: str, rule: DecodeRule, span: Span | None) -> DecodedClip:
     if kind == "webp":
-        frames, fps = decode_animation(data)
+        frames, fps = decode_animation(data, max_bytes=rule.max_bytes)
         if len(frames) > 1:
-            return _decode_pictures(frames, fps, rule)
+            return _decode_pictures(frames, fps, rule, span)
     else:
         frames = decode_image(data)
-    return _decode_pictures(frames, 0.0, rule)
+    return _decode_pictures(frames, 0.0, rule, span)
 
 
-def _decode_pictures(frames: Frames, source_fps: float, rule: DecodeRule) -> DecodedClip:
+def _decode_pictures(frames: Frames, source_fps: float, rule: DecodeRule, span: Span | None) -> DecodedClip:
     """Cut whole decoded pictures to the rule."""
-    indices, fps = choose_frames(len(frames), source_fps, rule) if source_fps else (np.zeros(1, np.int64), 0.0)
+    first, num_frames = checked_span(span, len(frames))
+    frames = frames[first : first + num_frames]
+    indices, fps = np.zeros(1, np.int64), 0.0
+    if source_fps:
+        indices, fps = choose_frames(np.arange(num_frames) / source_fps, source_fps, rule)
     size = (frames.shape[1], frames.shape[2])
     bucket = choose_bucket(size, rule.buckets)
+    _require_room(len(indices), cover_size(size, bucket), size, rule)
     clip = centre_crop(resize_cover(frames[indices], *bucket), *bucket)
-    return DecodedClip(clip, fps, bucket, size, len(frames), source_fps)
+    return DecodedClip(clip, fps, bucket, size, num_frames, source_fps, "pillow")
 
 
-def _decode_video(data: bytes, rule: DecodeRule) -> DecodedClip:
-    import io
-
-    decord = _import_decord()
-    _refuse_wrong_frame_containers(data)
-    try:
-        probe = decord.VideoReader(io.BytesIO(data), num_threads=1)
-        num_frames, source_fps = len(probe), float(probe.get_avg_fps())
-        if num_frames == 0 or not 0 < source_fps < 1000:
-            raise DecodeError(f"header says {num_frames} frames at {source_fps} frames per second")
-        # the first frame, not the header, knows about rotation
-        height, width = probe[0].shape[:2]
-        del probe
-        bucket = choose_bucket((height, width), rule.buckets)
-        cover_height, cover_width = cover_size((height, width), bucket)
-        indices, fps = choose_frames(num_frames, source_fps, rule)
-        reader = decord.VideoReader(io.BytesIO(data), width=cover_width, height=cover_height, num_threads=1)
-        frames = reader.get_batch(indices).asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError, ValueError) as error:
-        raise DecodeError(f"decord: {printable(str(error))[:_MAX_REASON_CHARS]}") from error
-    if frames.shape != (len(indices), cover_height, cover_width, 3):
-        raise DecodeError(
-            f"decord gave frames {frames.shape} where {(len(indices), cover_height, cover_width, 3)} were asked for"
-        )
-    return DecodedClip(centre_crop(frames, *bucket), fps, bucket, (height, width), num_frames, source_fps)
-
-
-def _import_decord() -> ModuleType:
-    """Load decord.
+def checked_span(span: Span | None, num_frames: int) -> Span:
+    """The piece that is asked for, or all of a video of `num_frames`.
 
     Raises:
-        ConfigError: it is missing, or a library of it is; that is no fault of the clip at hand.
+        DecodeError: it does not lie in the video.
     """
+    first, count = (0, num_frames) if span is None else span
+    if first < 0 or count < 1 or first + count > num_frames:
+        raise DecodeError(f"frames {first} to {first + count - 1} are asked for, of a video of {num_frames} frames")
+    return first, count
+
+
+def _decode_video(data: bytes, rule: DecodeRule, span: Span | None) -> DecodedClip:
+    facts = probe_video(data, rule.max_bytes)
+    first, num_frames = checked_span(span, facts.num_frames)
+    times_s = facts.times_s()[first : first + num_frames]
+    indices, fps = choose_frames(times_s - times_s[0], facts.fps, rule)
+    bucket = choose_bucket(facts.size, rule.buckets)
+    cover = cover_size(facts.size, bucket)
+    _require_room(len(indices), cover, facts.coded_size, rule)
+    frames, decoder = decode_frames(data, facts, cover, indices + first, rule.decoder)
+    return DecodedClip(centre_crop(frames, *bucket), fps, bucket, facts.size, num_frames, facts.fps, decoder)
+
+
+def decode_frames(
+    data: bytes, facts: VideoFacts, size: tuple[int, int], indices: np.ndarray, decoder: str
+) -> tuple[Frames, str]:
+    """Frames of a probed video by the decoder that is asked for; for "auto", by the one that suits.
+
+    Args:
+        data: the file.
+        facts: what `probe_video` said of it.
+        size: (height, width) that upright frames are scaled to.
+        indices: of frames in the order they are shown; int64, ascending, perhaps with repeats.
+        decoder: "auto", "decord", "pyav" or "torchcodec".
+
+    Returns:
+        t h w c uint8; and the decoder that they came from.
+
+    Raises:
+        MediaError: no decoder that may be asked gives them whole.
+        ConfigError: a decoder is missing or broken.
+    """
+    match decoder:
+        case "auto":
+            frames = _trusted_decord_frames(data, facts, size, indices) if is_trusted(facts) else None
+            return (_pyav_frames(data, facts, size, indices), "pyav") if frames is None else (frames, "decord")
+        case "decord":
+            reason = why_not_decord(facts)
+            if reason:
+                raise MediaError(f"decord gives wrong frames for {reason}, or none; set precompute.decoder='auto'")
+            frames, printed = decord_frames(data, facts, size, indices)
+            if printed or not is_trusted(facts):
+                check_stream(data, facts)
+            return frames, "decord"
+        case "pyav":
+            return _pyav_frames(data, facts, size, indices), "pyav"
+        case "torchcodec":
+            frames = torchcodec_frames(data, facts, size, indices)
+            # it tells nobody of damaged data
+            check_stream(data, facts)
+            return frames, "torchcodec"
+    raise AssertionError(decoder)
+
+
+def _trusted_decord_frames(data: bytes, facts: VideoFacts, size: tuple[int, int], indices: np.ndarray) -> Frames | None:
+    """decord's frames; None where it fails or has something to say: then PyAV decides."""
     try:
-        import decord
-    # ctypes raises OSError, and decord itself RuntimeError, for a library that is not there
-    except (ImportError, OSError, RuntimeError) as error:
-        raise broken_decord(f"{type(error).__name__}: {error}") from error
-    module: ModuleType = decord
-    return module
+        frames, printed = decord_frames(data, facts, size, indices)
+    except MediaError:
+        return None
+    return None if printed else frames
 
 
-def broken_decord(reason: str) -> ConfigError:
-    """The error of a machine that cannot load decord."""
-    return ConfigError(
-        f"decord cannot be imported ({reason}), and it decodes all video; install it on every node, as pyproject.toml "
-        "names it."
-    )
+def _pyav_frames(data: bytes, facts: VideoFacts, size: tuple[int, int], indices: np.ndarray) -> Frames:
+    frames: Frames = np.empty((len(indices), *size, 3), np.uint8)
+    wanted, places = np.unique(indices, return_inverse=True)
+    for place, picture in enumerate(stream_frames(data, facts, size, wanted.tolist())):
+        frames[places == place] = picture
+    return frames
 
 
-def _refuse_wrong_frame_containers(data: bytes) -> None:
-    """Stop at containers from which decord 0.6 was seen to return other frames than asked, with no error."""
-    name = _WRONG_FRAME_MAGIC.get(data[:4])
-    if len(data) > 188 and data[0] == 0x47 and data[188] == 0x47:
-        name = "MPEG transport stream"
-    if name:
-        raise DecodeError(f"container is {name}, from which decord returns wrong frames; remux it to mp4 or mkv")
+def _require_room(num_frames: int, size: tuple[int, int], stored: tuple[int, int], rule: DecodeRule) -> None:
+    """Stop before memory is gone.
+
+    Raises:
+        DecodeError: the frames of a clip, and those that a decoder holds, would take more than `rule.max_bytes`.
+    """
+    # the frames, and their bytes on the way to who asked
+    needed = 2 * num_frames * size[0] * size[1] * 3 + stored_bytes(stored)
+    if needed > rule.max_bytes:
+        raise DecodeError(
+            f"{num_frames} frames of {size[0]} x {size[1]}, resized from {stored[0]} x {stored[1]}, may take "
+            f"{needed / 2**30:.2f} GiB, more than precompute.max_decode_gib={rule.max_bytes / 2**30:g}"
+        )
 
 
 def printable(text: str) -> str:

@@ -124,7 +124,10 @@ def list_shards(pattern: str) -> list[str]:
 
 
 def _missing_folders(folders: Iterable[str]) -> str:
-    """Which local folders of shards are not there at all, and the ways out; empty if all are."""
+    """Which buckets, or local folders, of shards are not there at all, and the ways out; empty if all are."""
+    buckets = sorted({words for folder in folders if (words := storage.missing_bucket(folder))})
+    if buckets:
+        return f"{', '.join(buckets)}; correct sources.shards, or AWS_ENDPOINT_URL"
     gone = [
         os.path.abspath(folder) for folder in folders if not storage.is_remote(folder) and not os.path.isdir(folder)
     ]

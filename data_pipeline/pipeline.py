@@ -1,31 +1,44 @@
 """The Ray Data graph of raw shard -> latent cache: one task per shard, decode and encode fused in an actor.
 
-The only file here that imports ray. Frames never pass the object store: a `shard_actor.ShardActor` does a whole raw
-shard by itself; what travels are task names and counts. A shard is committed by its index fragment, so a restart redoes
-the uncommitted ones only.
+With `curation.enabled` a pass before it surveys the raw shards and makes clip lists of the surveys (`first_pass.py`),
+which are what is encoded. Ray itself stands in `ray_pool.py`. Frames never pass the object store: a
+`shard_actor.ShardActor` does a whole raw shard by itself; what travels are task names and counts. A shard is committed
+by its index fragment, so a restart redoes the uncommitted ones only.
 
 One dead-letter table: `report.json` and `quarantine.txt`. Past `max_bad_fraction` the job fails, after the report is
 written; what was committed stays.
+
+One job at a time: it holds the cache's lease. Actors ask for it before they write, and the driver before the report and
+before the manifest, so that what is left of a job that was overtaken commits nothing.
 """
 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from tqdm import tqdm
-
+from data_pipeline.attempts import ATTEMPTS
 from data_pipeline.cache_census import with_counts
 from data_pipeline.cache_manifest import NULL_PROMPT, index_path, read_manifest
 from data_pipeline.cache_writer import write_manifest
+from data_pipeline.clip_list import CURATION
+from data_pipeline.curation import DUPLICATES, SCORES, ListedShard, describe_settings
 from data_pipeline.duplicate_keys import quarantine_duplicates
+from data_pipeline.first_pass import (
+    RunSurveys,
+    lists_as_they_stand,
+    run_surveys_on_ray,
+    survey_and_list,
+    with_curation,
+    with_lists,
+)
 from data_pipeline.index_table import INDEX
 from data_pipeline.latent_cache import is_index_sound
-from data_pipeline.manifest import read_index
+from data_pipeline.manifest import IndexRow, read_index
 from data_pipeline.precompute_plan import (
     PrecomputePlan,
     ShardOutcome,
@@ -34,20 +47,23 @@ from data_pipeline.precompute_plan import (
     describe_cache,
     plan_tasks,
     require_decoder,
+    require_own_shard,
     require_same_settings,
 )
-from data_pipeline.precompute_report import write_report
-from data_pipeline.shard_actor import ATTEMPTS, ShardActor
+from data_pipeline.precompute_progress import BadLimit, DoneShards, collect
+from data_pipeline.precompute_report import require_enough, write_report
+from data_pipeline.ray_pool import ActorPool, run_on_ray
+from data_pipeline.shard_actor import CALLS_PER_ACTOR, ShardActor
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
-from m4v_dist.config.data_settings import PrecomputeSettings
-from m4v_dist.errors import ConfigError, DataError, JobError, OutOfMemoryJobError, RetriesExhaustedError
+from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.text_encoder import build_text_encoder, text_encoder_fingerprint
+from m4v_dist.lease import Lease, hold, require_held
 
 logger = logging.getLogger(__name__)
 
-RunShards = Callable[[PrecomputePlan, list[ShardTask]], dict[str, ShardOutcome]]
-"""Does the pending shards and returns their outcomes by output name; `run_on_ray` is the one of every job."""
+RunShards = Callable[[PrecomputePlan, list[ShardTask], Lease, BadLimit], DoneShards]
+"""Does the pending shards under a lease, until the limit is passed; `run_shards_on_ray` is the one of every job."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,8 @@ def run_precompute(
     plan: PrecomputePlan,
     ray_session: Callable[[], AbstractContextManager[object]],
     run_shards: RunShards | None = None,
+    run_surveys: RunSurveys | None = None,
+    show_lists: Callable[[str], None] | None = None,
 ) -> PrecomputeResult:
     """Bring the cache to what the plan asks for.
 
@@ -69,7 +87,9 @@ def run_precompute(
         plan: what to do.
         ray_session: starts or joins Ray, and leaves it as it was; entered once all that can be checked without it is
             checked, and only if there is work.
-        run_shards: does the work; None takes `run_on_ray`.
+        run_shards: does the work; None takes `run_shards_on_ray`.
+        run_surveys: does that of curation; None takes `run_surveys_on_ray`.
+        show_lists: is given the cache's folder once the clip lists are written, before anything is encoded.
 
     Raises:
         ConfigError: the text encoder cannot be built, decord cannot be imported, or no node of the cluster holds an
@@ -79,6 +99,7 @@ def run_precompute(
             is written first).
         OutOfMemoryJobError: a clip does not fit the device that encodes it.
         RetriesExhaustedError: one shard lost its worker too often.
+        RunInUseError: another job is at work on this cache, or took it over.
     """
     started = time.monotonic()
     cache = plan.precompute.cache
@@ -87,171 +108,133 @@ def run_precompute(
     if existing is not None:
         require_same_settings(cache, existing, description)
     tasks = plan_tasks(plan, description)
-    committed = {task.name: outcome for task in tasks if (outcome := committed_outcome(cache, task)) is not None}
-    pending = [task for task in tasks if task.name not in committed]
-    if not pending and existing is not None and _is_finished(cache, existing, committed):
+    # what the lists would be, for there may be nothing to do; None where shards are still to be surveyed
+    listed = lists_as_they_stand(plan, tasks)
+    committed = {} if listed is None else _committed(cache, with_lists(tasks, listed))
+    if listed is not None and existing is not None and _is_finished(plan, existing, tasks, committed, listed):
         logger.info("nothing to do: all %d shards of %s are committed", len(tasks), cache)
         return PrecomputeResult(True, dict(storage.read_json(storage.join(cache, "report.json"))))
-    logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
-    require_decoder(pending)
+    require_decoder([task for task in tasks if task.name not in committed], plan.precompute.decoder)
     null_text = _null_text(plan)
-    _remove_leftovers(cache)
-    done_now: dict[str, ShardOutcome] = {}
-    if pending:
-        # derived, and merged anew at the end: until then no reader takes it for what is being done
-        storage.remove(storage.join(cache, INDEX))
-        with ray_session():
-            done_now = (run_shards or run_on_ray)(plan, pending)
+    with hold(cache, plan.precompute.lease_timeout_s) as lease, ExitStack() as until_done:
         _remove_leftovers(cache)
-    outcomes = quarantine_duplicates(cache, tasks, {**committed, **done_now})
-    report = write_report(cache, outcomes, done_now, time.monotonic() - started)
-    _require_enough(plan, report)
-    write_manifest(cache, _manifest(plan, description, tasks), null_text)
+        join_ray = _joined_once(ray_session, until_done)
+        with _overtaken_first(cache, lease):
+            listed = survey_and_list(plan, tasks, lease, join_ray, run_surveys or run_surveys_on_ray)
+        if listed and show_lists is not None:
+            show_lists(cache)
+        tasks = with_lists(tasks, listed)
+        # looked at once more: until the lease was claimed another job may have been at work
+        committed = _committed(cache, tasks)
+        pending = [task for task in tasks if task.name not in committed]
+        logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
+        limit = _limit(plan, tasks, committed, listed)
+        done = DoneShards(gave_up=limit.why_passed())
+        if pending and not done.gave_up:
+            # derived, and merged anew at the end: until then no reader takes it for what is being done
+            storage.remove(storage.join(cache, INDEX))
+            with _overtaken_first(cache, lease):
+                join_ray()
+                done = (run_shards or run_shards_on_ray)(plan, pending, lease, limit)
+        require_held(cache, lease)
+        _remove_leftovers(cache)
+        outcomes = {**committed, **done.outcomes}
+        if len(outcomes) == len(tasks):
+            outcomes = quarantine_duplicates(cache, tasks, outcomes)
+        outcomes = with_curation(outcomes, listed)
+        report = write_report(cache, outcomes, done, time.monotonic() - started)
+        require_enough(plan.precompute, report)
+        manifest = _manifest(plan, description, tasks)
+        if listed:
+            manifest["curation"] = describe_settings(plan, listed)
+        require_held(cache, lease)
+        write_manifest(cache, manifest, null_text)
     return PrecomputeResult(False, report)
 
 
-def _is_finished(cache: str, manifest: Mapping[str, Any], committed: Mapping[str, ShardOutcome]) -> bool:
-    """Whether all that stands beside the shards is there and of these shards, no more and no fewer."""
-    beside = all(storage.exists(storage.join(cache, name)) for name in (NULL_PROMPT, "report.json"))
-    return beside and manifest["fragments"] == sorted(committed) and is_index_sound(cache, manifest)
+@contextmanager
+def _overtaken_first(cache: str, lease: Lease) -> Iterator[None]:
+    """That the job was overtaken says more than which shards it could not do for it."""
+    try:
+        yield
+    except ConfigError:
+        require_held(cache, lease)
+        raise
+
+
+def _joined_once(ray_session: Callable[[], AbstractContextManager[object]], stack: ExitStack) -> Callable[[], None]:
+    """What enters the session with its first call alone, for as long as `stack` lasts: two passes share one Ray."""
+    is_joined = False
+
+    def join() -> None:
+        nonlocal is_joined
+        if not is_joined:
+            stack.enter_context(ray_session())
+            is_joined = True
+
+    return join
+
+
+def _limit(
+    plan: PrecomputePlan,
+    tasks: Sequence[ShardTask],
+    committed: Mapping[str, ShardOutcome],
+    listed: Mapping[str, ListedShard],
+) -> BadLimit:
+    num_bad = sum(len(shard.quarantined) for shard in listed.values())
+    num_clips = sum(shard.num_clips for shard in listed.values()) if listed else None
+    return BadLimit(plan.precompute.max_bad_fraction, len(tasks), committed.values(), num_bad, num_clips)
+
+
+def _committed(cache: str, tasks: Iterable[ShardTask]) -> dict[str, ShardOutcome]:
+    return {task.name: outcome for task in tasks if (outcome := committed_outcome(cache, task)) is not None}
+
+
+def _is_finished(
+    plan: PrecomputePlan,
+    manifest: Mapping[str, Any],
+    tasks: Sequence[ShardTask],
+    committed: Mapping[str, ShardOutcome],
+    listed: Mapping[str, ListedShard],
+) -> bool:
+    """Whether all shards are committed, and all that stands beside them is there and of these shards and lists."""
+    if len(committed) < len(tasks):
+        return False
+    names = (NULL_PROMPT, "report.json", *((DUPLICATES, SCORES) if listed else ()))
+    beside = all(storage.exists(storage.join(plan.precompute.cache, name)) for name in names)
+    curation = describe_settings(plan, listed) if listed else None
+    is_of_these = manifest["fragments"] == sorted(committed) and manifest.get("curation") == curation
+    return beside and is_of_these and is_index_sound(plan.precompute.cache, manifest)
 
 
 def _remove_leftovers(cache: str) -> None:
     """Remove temporary files and notes of attempts that a killed run or worker left; no worker may be up."""
     storage.remove(storage.join(cache, ATTEMPTS))
-    for folder in ("shards", "index"):
+    for folder in ("shards", "index", CURATION, f"{CURATION}/lists"):
         for name in storage.list_folder(storage.join(cache, folder)):
             if ".tmp-" in name:
                 logger.info("removing %s/%s, left by a run that was killed", folder, name)
                 storage.remove(storage.join(cache, folder, name))
 
 
-def run_on_ray(plan: PrecomputePlan, pending: list[ShardTask]) -> dict[str, ShardOutcome]:
+def run_shards_on_ray(plan: PrecomputePlan, pending: list[ShardTask], lease: Lease, limit: BadLimit) -> DoneShards:
     """Do the pending shards in an actor pool on the Ray that is up; see `RunShards` and `collect`."""
-    import ray
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    # our own bar counts shards; Ray's would count blocks beside it
-    context.enable_progress_bars = False
-    settings = plan.precompute
-    require_room_for_an_actor(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    tasks = ray.data.from_items(
-        [{"task": json.dumps(asdict(task))} for task in pending], override_num_blocks=len(pending)
-    )
-    outcomes = tasks.map_batches(
-        ShardActor,
-        fn_constructor_args=(plan,),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(settings.num_actors, len(pending))),
-        num_cpus=settings.cpus_per_actor,
-        num_gpus=settings.gpus_per_actor or None,
-    )
-    return collect(outcomes.iter_rows(), len(pending))
-
-
-def require_room_for_an_actor(settings: PrecomputeSettings, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Check that one node that is up could hold an actor if it were idle: else Ray would wait for ever.
-
-    Whether a cluster grows cannot be seen from inside, so the user says it: `precompute.wait_for_nodes`.
-
-    Args:
-        settings: what an actor asks for.
-        nodes: resources of each node that is up, by Ray's names.
-
-    Raises:
-        ConfigError: no node is large enough, and none is waited for.
-    """
-    wanted = {"CPU": settings.cpus_per_actor, "GPU": settings.gpus_per_actor}
-    if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
-        return
-    largest = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in wanted}
-    message = (
-        f"an actor wants {wanted['CPU']:g} CPU and {wanted['GPU']:g} GPU (precompute.cpus_per_actor, gpus_per_actor) "
-        f"on one node, but no node of the cluster has that ({len(nodes)} up; at most {largest['CPU']:g} CPU and "
-        f"{largest['GPU']:g} GPU on one)"
-    )
-    if not settings.wait_for_nodes:
-        on_cpu = " (gpus_per_actor=0 encodes on CPUs)" if wanted["GPU"] > largest["GPU"] else ""
-        raise ConfigError(f"{message}; lower them{on_cpu}, or set precompute.wait_for_nodes=true if the cluster grows.")
-    logger.warning("%s; waiting for it to grow", message)
-
-
-def collect(rows: Iterable[Mapping[str, Any]], num_shards: int) -> dict[str, ShardOutcome]:
-    """Gather what the actors report, with a progress bar.
-
-    Args:
-        rows: `name`, `outcome`, `error` and `exit_code` of each shard, see `ShardActor`.
-        num_shards: how many come.
-
-    Returns:
-        outcomes by output name.
-
-    Raises:
-        JobError: once all are done, if some failed: of the failure that says most (see `_raise_failures`).
-    """
-    done: dict[str, ShardOutcome] = {}
-    failures: list[Mapping[str, Any]] = []
-    with tqdm(total=num_shards, desc="precompute", unit="shard") as bar:
-        for row in rows:
-            if row["exit_code"]:
-                failures.append(row)
-            else:
-                done[row["name"]] = ShardOutcome(**json.loads(row["outcome"]))
-            bar.update()
-            bar.set_postfix(
-                kept=sum(outcome.kept for outcome in done.values()),
-                bad=sum(len(outcome.quarantined) for outcome in done.values()),
-            )
-    if failures:
-        _raise_failures(failures, num_shards)
-    return done
-
-
-def _raise_failures(failures: Sequence[Mapping[str, Any]], num_shards: int) -> None:
-    """Raise for all failed shards together; the order in which they came decides nothing.
-
-    Out of memory goes before workers that died, for it is often why; both go before data, which a rerun may mend.
-    """
-    codes = {row["exit_code"] for row in failures}
-    kinds: tuple[type[JobError], ...] = (OutOfMemoryJobError, RetriesExhaustedError, ConfigError)
-    kind = next((kind for kind in kinds if kind.exit_code in codes), DataError)
-    of_kind = [row for row in failures if row["exit_code"] == kind.exit_code] or failures
-    for row in failures:
-        logger.error("%s: %s", row["name"], row["error"])
-    first = min(of_kind, key=lambda row: str(row["name"]))
-    raise kind(
-        f"precompute: {len(failures)} of {num_shards} shards could not be done ({first['name']}: {first['error']}); "
-        "the others are committed: mend the cause and run the same command again."
-    )
-
-
-def _require_enough(plan: PrecomputePlan, report: dict[str, Any]) -> None:
-    bad, total, limit = len(report["quarantined"]), report["num_clips"], plan.precompute.max_bad_fraction
-    where = storage.join(plan.precompute.cache, "quarantine.txt")
-    damaged, num_shards = report["damaged_shards"], report["num_shards"]
-    if len(damaged) > limit * num_shards:
-        first = damaged[0]
-        raise DataError(
-            f"precompute: {len(damaged)} of {num_shards} shards are damaged ({len(damaged) / num_shards:.1%}), more "
-            f"than precompute.max_bad_fraction={limit:g}: {first['shard']} of {first['source']} after "
-            f"{first['num_clips_before']} clips ({first['error']}); how many clips are lost cannot be known. See "
-            f"{where}, write these shards anew, or raise the limit. The committed shards stay."
-        )
-    if bad > limit * total:
-        raise DataError(
-            f"precompute: {bad} of {total} clips are quarantined ({bad / total:.1%}), more than "
-            f"precompute.max_bad_fraction={limit:g}; see {where}, mend or drop these clips, or raise the limit. "
-            "The committed shards stay."
-        )
-    if report["kept"] == 0:
-        raise DataError(
-            f"precompute: none of {total} clips was kept (filtered: {report['filtered']}, quarantined: {bad}); "
-            f"see {where}, and lower precompute.min_frames={plan.precompute.min_frames} if clips are short."
-        )
+    tasks = [json.dumps(asdict(task)) for task in pending]
+    pool = ActorPool.of(plan.precompute, CALLS_PER_ACTOR)
+    return collect(run_on_ray(ShardActor, (plan, lease), tasks, pool), len(pending), limit)
 
 
 def _manifest(plan: PrecomputePlan, description: dict[str, Any], tasks: list[ShardTask]) -> dict[str, Any]:
+    """The manifest of all shards, each looked at once more: that this job's settings made it, and its tar is whole."""
+    cache = plan.precompute.cache
+    sizes = storage.list_sizes(storage.join(cache, "shards"))
+
+    def fragments() -> Iterator[tuple[list[IndexRow], dict[str, Any]]]:
+        for task in tasks:
+            rows, notes = read_index(index_path(cache, task.name))
+            require_own_shard(cache, task, notes, sizes)
+            yield rows, notes
+
     manifest = {
         **description,
         "code_version": _code_version(),
@@ -262,7 +245,7 @@ def _manifest(plan: PrecomputePlan, description: dict[str, Any], tasks: list[Sha
         },
         "fragments": sorted(task.name for task in tasks),
     }
-    return with_counts(manifest, (read_index(index_path(plan.precompute.cache, task.name)) for task in tasks))
+    return with_counts(manifest, fragments())
 
 
 def _code_version() -> str:

@@ -7,17 +7,18 @@ is stored in its index fragment, so that a restart knows what it may skip.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.cache_manifest import FORMAT_VERSION, index_path, read_manifest, require_fingerprint, shard_path
+from data_pipeline.cache_manifest import FORMAT_VERSION, index_path, require_fingerprint, shard_path
 from data_pipeline.decode import DecodeRule
 from data_pipeline.decoder_pool import require_decord
 from data_pipeline.manifest import list_shards, read_index
-from data_pipeline.pack import count_records
 from data_pipeline.shard_keys import first_key, require_keys_of_their_own
+from data_pipeline.survey import SurveyRule
 from m4v_dist import storage
+from m4v_dist.config.curation_settings import CurationSettings, CurationThresholds
 from m4v_dist.config.data_settings import (
     BucketSettings,
     CodecSettings,
@@ -29,9 +30,12 @@ from m4v_dist.errors import DataError
 from m4v_dist.frozen.text_encoder import text_encoder_fingerprint
 from m4v_dist.frozen.video_vae import build_codec
 
-RESIZE_RULE = "resized inside the decoder (bicubic) to cover the bucket of the nearest aspect ratio, centre crop"
+RESIZE_RULE = (
+    "resized inside the decoder (bilinear; pictures bicubic) to cover the bucket of the nearest aspect ratio, "
+    "centre crop"
+)
 FRAME_RULE = "8k+1 frames from the start"
-FPS_RULE = "nearest frames at min(source fps, fps)"
+FPS_RULE = "frames nearest in time at min(mean source fps, fps)"
 _FINGERPRINT_EDGE_BYTES = 65536
 
 
@@ -44,12 +48,25 @@ class PrecomputePlan:
         precompute: where to, sizes, rates, workers, retries.
         codec: frames to latents.
         text_encoder: captions to embeddings.
+        curation: which pieces of raw clips are encoded.
     """
 
     sources: tuple[SourceSettings, ...]
     precompute: PrecomputeSettings
     codec: CodecSettings
     text_encoder: TextEncoderSettings
+    curation: CurationSettings = CurationSettings()
+
+    @property
+    def survey_rule(self) -> SurveyRule:
+        """How raw clips are surveyed."""
+        precompute, curation = self.precompute, self.curation
+        return SurveyRule(precompute.num_frames, precompute.fps, curation.cut_change, curation.cut_ratio)
+
+    def thresholds_of(self, source: str) -> CurationThresholds:
+        """What the pieces of a source must be to be kept."""
+        own = next(item.thresholds for item in self.sources if item.name == source)
+        return self.curation.thresholds if own is None else own
 
     def buckets_of(self, source: str) -> tuple[BucketSettings, ...]:
         """Sizes that the clips of a source may go to."""
@@ -59,7 +76,10 @@ class PrecomputePlan:
     def decode_rule(self, source: str) -> DecodeRule:
         """How the clips of a source are cut."""
         buckets = tuple((bucket.height_px, bucket.width_px) for bucket in self.buckets_of(source))
-        return DecodeRule(buckets, self.precompute.num_frames, self.precompute.fps)
+        settings = self.precompute
+        return DecodeRule(
+            buckets, settings.num_frames, settings.fps, settings.decoder, int(settings.max_decode_gib * 2**30)
+        )
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,8 @@ class ShardTask:
         path: of the raw shard.
         name: of the output shard, unique in the cache.
         fingerprint: of the input's bytes and of every setting that decides the output.
+        input_fingerprint: of the input's bytes alone.
+        clip_list: digest of what its clip list has encoded; empty where there is none, and all clips are.
     """
 
     source: str
@@ -79,6 +101,8 @@ class ShardTask:
     path: str
     name: str
     fingerprint: str
+    input_fingerprint: str = ""
+    clip_list: str = ""
 
 
 @dataclass
@@ -91,11 +115,13 @@ class ShardOutcome:
         kept: records that stand in the index.
         filtered: clips dropped, by reason.
         quarantined: clips that failed: key, shard (file name), source, error.
+        decoders: clips kept, by what decoded them.
         num_cut_captions: captions longer than the text encoder takes.
         dropped: clips that a list of `jobs.inspect_cache drop` named, with `key`, `source` and `when`; `offset_bytes`,
             `size_bytes` and `checksum` where their bytes still stand in the tar. They stay dropped in a redone shard.
         damage: shard (file name), source, error, where the rest of the raw shard could not be read; empty where it was
             whole. The clips lost there are in no other count: nobody knows how many they are.
+        tar_bytes: size of the shard's tar, as its writer notes it.
     """
 
     source: str
@@ -103,9 +129,11 @@ class ShardOutcome:
     kept: int = 0
     filtered: dict[str, int] = field(default_factory=dict)
     quarantined: list[dict[str, str]] = field(default_factory=list)
+    decoders: dict[str, int] = field(default_factory=dict)
     num_cut_captions: int = 0
     dropped: list[dict[str, Any]] = field(default_factory=list)
     damage: dict[str, str] = field(default_factory=dict)
+    tar_bytes: int = 0
 
     @property
     def num_clips(self) -> int:
@@ -130,6 +158,7 @@ def describe_cache(plan: PrecomputePlan) -> dict[str, Any]:
         "min_frames": plan.precompute.min_frames,
         "fps": plan.precompute.fps,
         "buckets": [[bucket.height_px, bucket.width_px] for bucket in plan.precompute.buckets],
+        "decoder": plan.precompute.decoder,
     }
 
 
@@ -156,15 +185,19 @@ def plan_tasks(plan: PrecomputePlan, description: dict[str, Any]) -> list[ShardT
     names = _output_names(shards)
     tasks, first_keys = [], []
     for (source, path), name in zip(shards, names, strict=True):
-        fingerprint, key = _input_fingerprint(path)
+        of_input, key = _input_fingerprint(path)
         first_keys.append((source.name, path, key))
-        settings: dict[str, Any] = {"description": description, "media": source.media, "input": fingerprint}
+        settings: dict[str, Any] = {"description": description, "media": source.media, "input": of_input}
         if source.buckets:
             settings["buckets"] = [[bucket.height_px, bucket.width_px] for bucket in source.buckets]
-        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
-        tasks.append(ShardTask(source.name, source.media, path, name, digest))
+        tasks.append(ShardTask(source.name, source.media, path, name, digest_of(settings), of_input))
     require_keys_of_their_own(first_keys)
     return tasks
+
+
+def digest_of(settings: Any) -> str:
+    """Digest of plain values, as hex."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _output_names(shards: list[tuple[SourceSettings, str]]) -> list[str]:
@@ -183,13 +216,13 @@ def _input_fingerprint(path: str) -> tuple[str, str | None]:
     return f"{size}-{hashlib.blake2b(head + tail, digest_size=16).hexdigest()}", first_key(head)
 
 
-def require_decoder(tasks: Iterable[ShardTask]) -> None:
+def require_decoder(tasks: Iterable[ShardTask], decoder: str) -> None:
     """Check that what the tasks need to decode can be imported here; stills need nothing that could be missing.
 
     Raises:
         ConfigError: decord is missing or broken.
     """
-    if any(task.media == "video" for task in tasks):
+    if decoder in {"auto", "decord"} and any(task.media == "video" for task in tasks):
         require_decord()
 
 
@@ -204,31 +237,22 @@ def committed_outcome(cache: str, task: ShardTask) -> ShardOutcome | None:
     return ShardOutcome(**notes)
 
 
-def describe_plan(plan: PrecomputePlan) -> str:
-    """What a run would do, as a table; reads shard headers, writes nothing.
+def require_own_shard(cache: str, task: ShardTask, notes: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Check that a committed shard is of this task, and its tar as long as it was committed.
+
+    Args:
+        cache: folder of the cache.
+        task: that it should be of.
+        notes: of its index fragment.
+        sizes: of the files in `shards/`, by name.
 
     Raises:
-        DataError: a shard is missing or is no tar; the cache has other settings.
-        ConfigError: decord is missing or broken, and there is video to decode.
+        DataError: another job wrote one of the two after this one; the message says what to remove.
     """
-    description = describe_cache(plan)
-    existing = read_manifest(plan.precompute.cache)
-    if existing is not None:
-        require_same_settings(plan.precompute.cache, existing, description)
-    tasks = plan_tasks(plan, description)
-    todo = [task for task in tasks if committed_outcome(plan.precompute.cache, task) is None]
-    require_decoder(todo)
-    longest = (plan.precompute.num_frames - 1) // description["temporal_stride"] + 1
-    lines, total = [f"{'source':<20}{'shards':>8}{'to do':>8}{'clips':>10}{'at most MiB':>14}"], 0.0
-    for source in plan.sources:
-        of_source = [task for task in tasks if task.source == source.name]
-        num_todo = sum(task.source == source.name for task in todo)
-        clips = sum(count_records(task.path) for task in of_source)
-        latents = longest if source.media == "video" else 1
-        largest = max(bucket.height_px * bucket.width_px for bucket in plan.buckets_of(source.name))
-        grid = largest // description["spatial_stride"] ** 2
-        mib = clips * latents * grid * description["latent_channels"] * 2 / 2**20
-        total += mib
-        lines.append(f"{source.name:<20}{len(of_source):>8}{num_todo:>8}{clips:>10}{mib:>14.1f}")
-    lines.append(f"latents of the whole cache: at most {total:.1f} MiB in {plan.precompute.cache}, text beside it")
-    return "\n".join(lines)
+    found = sizes.get(f"{task.name}.tar", 0)
+    if notes["fingerprint"] != task.fingerprint or found != notes["tar_bytes"]:
+        raise DataError(
+            f"{shard_path(cache, task.name)}: holds {found} bytes where its index, of fingerprint "
+            f"{notes['fingerprint']}, says {notes['tar_bytes']}, and this job's fingerprint is {task.fingerprint}: "
+            f"another job wrote here. Remove {index_path(cache, task.name)}, and run again."
+        )

@@ -1,52 +1,107 @@
 """What one worker of the precompute does with a raw shard: read, decode, filter, encode, write, commit; no Ray here.
 
-Frames never leave the process (but for its decoder children): what comes in is a task, what goes out are counts. One
-retry rule: a clip that fails is decoded again alone, `num_retries` times, then quarantined by name; its neighbours are
-kept.
+Four things go on at once: a thread reads the shard's next clips, decoder children decode those that were read, this
+process encodes those that were decoded, and the shard before is committed. Frames never leave the process (but for its
+decoder children): what comes in is a task, what goes out are counts. One retry rule: a clip that fails is decoded again
+alone, `num_retries` times, then quarantined by name; its neighbours are kept.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from data_pipeline.attempts import counted_attempt
 from data_pipeline.cache_drop import dropped_before
 from data_pipeline.cache_writer import CacheShardWriter
-from data_pipeline.decode import DecodedClip, DecodeError, DecodeRule
+from data_pipeline.clip_list import ClipList, WantedClip
+from data_pipeline.decode import DecodedClip, DecodeError, DecodeRule, Span
 from data_pipeline.decoder_pool import DecoderPool
 from data_pipeline.encode import ClipEncoder, EncodedClip, EncodeError
 from data_pipeline.filters import reason_to_drop, scores
 from data_pipeline.manifest import IndexRow
 from data_pipeline.pack import RawClip, ShardDamage, read_shard
 from data_pipeline.precompute_plan import PrecomputePlan, ShardOutcome, ShardTask
-from m4v_dist import storage
-from m4v_dist.errors import DataError, JobError, RetriesExhaustedError
+from data_pipeline.raw_records import fault_of
+from data_pipeline.read_ahead import ReadAhead
+from m4v_dist.errors import DataError, JobError
 from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_vae import build_codec
+from m4v_dist.lease import Lease, require_held
 
-ATTEMPTS = "attempts"
-"""Folder of the cache with a note for each shard that is being done."""
-_MAX_WORKER_LOSSES = 4
+CALLS_PER_ACTOR = 2
+"""Shards that an actor is given at once: one is read while another is encoded, and encoded while that is committed."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A record as it came off the shard: its place there, and why it cannot be used; None where it can."""
+
+    position: int
+    raw: RawClip
+    fault: str | None
+
+
+@dataclass
+class _Shard:
+    """A shard in work: what became of its clips so far, and the seconds that went where."""
+
+    task: ShardTask
+    outcome: ShardOutcome
+    seconds: defaultdict[str, float]
+    bad: list[tuple[int, dict[str, str]]]
+
+    def quarantine(self, record: _Read, error: str, clip: WantedClip | None = None) -> None:
+        """Count a record that failed, or a clip of it."""
+        where = {"shard": _file_name(self.task), "source": self.task.source}
+        key = record.raw.key if clip is None else clip.key
+        self.bad.append((record.position, {"key": key, **where, "error": error}))
+
+    def finish(self) -> ShardOutcome:
+        """The outcome; failed clips in the order of the shard, however far ahead each was found out."""
+        self.outcome.quarantined = [entry for _, entry in sorted(self.bad, key=lambda found: found[0])]
+        return self.outcome
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds of a block."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.monotonic() - started
 
 
 class ShardActor:
     """Does shards: encoders and decoder children live as long as it does; one call is one shard.
 
     `__call__` is what Ray Data maps over batches of one: {"task": [JSON of a `ShardTask`]} to `name`, `outcome` (JSON
-    of a `ShardOutcome`, empty where it failed), `error` and `exit_code` (0 where it did not).
+    of a `ShardOutcome`, empty where it failed), `error`, `exit_code` (0 where it did not), and `seconds`: JSON of what
+    went where, `read_s`, `decode_s` (summed over the children), `encode_s`, `write_s`, and `wait_s`, for which the
+    encoder had nothing to do. `CALLS_PER_ACTOR` threads may call at once: one of them decodes and encodes.
+
+    Args:
+        plan: what to do.
+        lease: on the cache; asked for before each shard and each write, so that a worker whose job was overtaken
+            commits nothing. None: nobody else can be at work there.
     """
 
-    def __init__(self, plan: PrecomputePlan) -> None:
+    def __init__(self, plan: PrecomputePlan, lease: Lease | None = None) -> None:
         import torch
 
         torch.set_num_threads(max(1, int(plan.precompute.cpus_per_actor)))
         self._plan = plan
+        self._lease = lease
         device = "cuda" if plan.precompute.gpus_per_actor else "cpu"
         self._text_encoder = build_text_encoder(plan.text_encoder, device)
         self._encoder = ClipEncoder(build_codec(plan.codec), self._text_encoder, device)
         self._rule: DecodeRule | None = None
         self._pool: DecoderPool | None = None
+        self._turn = threading.Lock()
 
     def close(self) -> None:
         """End the decoder children."""
@@ -64,135 +119,159 @@ class ShardActor:
         return self._pool
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rows: dict[str, list[Any]] = {"name": [], "outcome": [], "error": [], "exit_code": []}
+        rows: dict[str, list[Any]] = {"name": [], "outcome": [], "error": [], "exit_code": [], "seconds": []}
         for text in batch["task"]:
             task = ShardTask(**json.loads(text))
+            shard = _Shard(task, ShardOutcome(task.source, task.fingerprint), defaultdict(float), [])
             outcome, error, exit_code = "", "", 0
             # storage that fails costs this shard, not the run's other shards; the driver ends the job with its error
             try:
-                with self._counted_attempt(task):
-                    outcome = json.dumps(asdict(self.run(task)))
+                outcome = json.dumps(asdict(self._do(shard)))
             except (JobError, OSError) as problem:
                 error = f"{type(problem).__name__}: {problem}"
                 exit_code = problem.exit_code if isinstance(problem, JobError) else DataError.exit_code
             found = {"name": task.name, "outcome": outcome, "error": error, "exit_code": exit_code}
-            for column, value in found.items():
+            for column, value in (found | {"seconds": json.dumps(shard.seconds)}).items():
                 rows[column].append(value)
         return rows
 
-    @contextmanager
-    def _counted_attempt(self, task: ShardTask) -> Iterator[None]:
-        """Count how often a worker died in a shard, by a note that only a death leaves behind.
+    def _require_held(self) -> None:
+        if self._lease is not None:
+            require_held(self._plan.precompute.cache, self._lease)
 
-        Ray Data gives a lost actor's task to another for ever, which would never end at a shard that eats all memory.
-
-        Raises:
-            RetriesExhaustedError: it died `_MAX_WORKER_LOSSES` times in this run.
-        """
-        note = storage.join(self._plan.precompute.cache, ATTEMPTS, task.name)
-        losses = int(storage.read_bytes(note)) if storage.exists(note) else 0
-        if losses >= _MAX_WORKER_LOSSES:
-            raise RetriesExhaustedError(
-                f"{task.path}: its worker died {losses} times (out of memory, or its node gone); give an actor more "
-                "memory by fewer precompute.num_actors, and see Ray's logs."
-            )
-        storage.write_bytes(note, str(losses + 1).encode())
-        # an error that is raised is reported by itself; only a process that dies leaves the note
-        try:
-            yield
-        finally:
-            storage.remove(note)
-
-    def run(self, task: ShardTask) -> ShardOutcome:
+    def _do(self, shard: _Shard) -> ShardOutcome:
         """Do one shard and commit it."""
-        outcome = ShardOutcome(task.source, task.fingerprint)
+        task, settings = shard.task, self._plan.precompute
+        self._require_held()
+        max_bytes = settings.media_mib_in_flight * 2**20
+        with ReadAhead(_records(task), _size_bytes, max_bytes) as records, ExitStack() as until_committed:
+            with self._turn:
+                until_committed.enter_context(counted_attempt(settings.cache, task.name, task.path))
+                dropped = dropped_before(settings.cache, task.name)
+                writer = CacheShardWriter(settings.cache, task.name, self._require_held)
+                until_committed.callback(writer.abandon)
+                self._encode_all(shard, records, writer, dropped)
+            shard.seconds["read_s"] = records.read_s
+            with shard.timed("write_s"):
+                writer.commit(asdict(shard.finish()))
+        return shard.outcome
+
+    def _encode_all(
+        self,
+        shard: _Shard,
+        records: ReadAhead[_Read | ShardDamage],
+        writer: CacheShardWriter,
+        dropped: Mapping[str, dict[str, Any]],
+    ) -> None:
         cut_before = self._text_encoder.num_cut_captions
-        dropped = dropped_before(self._plan.precompute.cache, task.name)
-        writer = CacheShardWriter(self._plan.precompute.cache, task.name)
-        try:
-            for raw, clip in self._decoded(task, outcome):
-                if raw.key in dropped:
-                    outcome.dropped.append(dropped[raw.key])
-                else:
-                    self._keep_or_drop(task, raw, clip, writer, outcome)
-            outcome.num_cut_captions = self._text_encoder.num_cut_captions - cut_before
-            writer.commit(asdict(outcome))
-        finally:
-            writer.abandon()
-        return outcome
+        clip_list = ClipList.of(self._plan.precompute.cache, shard.task.name, shard.task.clip_list)
+        pool = self._pool_of(shard.task.source)
+        clips = self._decoded(shard, records, clip_list, pool)
+        while True:
+            with shard.timed("wait_s"):
+                found = next(clips, None)
+            if found is None:
+                break
+            key = found[1].key
+            if key in dropped:
+                shard.outcome.dropped.append(dropped[key])
+            else:
+                self._keep_or_drop(shard, *found, writer)
+        shard.outcome.num_cut_captions = self._text_encoder.num_cut_captions - cut_before
+        shard.seconds["decode_s"] = pool.take_busy_s()
 
-    def _decoded(self, task: ShardTask, outcome: ShardOutcome) -> Iterator[tuple[RawClip, DecodedClip]]:
-        """Clips of a shard that decode, in shard order; the others are quarantined on the way."""
-        waiting: list[RawClip] = []
+    def _decoded(
+        self, shard: _Shard, records: ReadAhead[_Read | ShardDamage], clip_list: ClipList, pool: DecoderPool
+    ) -> Iterator[tuple[_Read, WantedClip, DecodedClip]]:
+        """Clips of a shard that are wanted and decode, in shard order; the others are quarantined on the way."""
+        waiting: list[tuple[_Read, WantedClip, bool]] = []
 
-        def media() -> Iterator[tuple[bytes, str]]:
-            for raw in self._usable(task, outcome):
-                waiting.append(raw)
-                yield raw.data, str(raw.kind)
+        def media() -> Iterator[tuple[bytes, str, Span | None]]:
+            for record in records:
+                wanted = _wanted(shard, record, clip_list)
+                if isinstance(record, ShardDamage) or not wanted:
+                    records.release(record)
+                    continue
+                for clip in wanted:
+                    waiting.append((record, clip, clip is wanted[-1]))
+                    yield record.raw.data, str(record.raw.kind), clip.span
 
-        pool = self._pool_of(task.source)
         for result in pool.decode_all(media()):
-            raw = waiting.pop(0)
-            final = self._retry(pool, raw, result) if isinstance(result, DecodeError) else result
+            record, clip, is_last = waiting.pop(0)
+            final = self._retry(pool, record.raw, clip.span, result) if isinstance(result, DecodeError) else result
+            if is_last:
+                records.release(record)
             if isinstance(final, DecodeError):
-                _quarantine(outcome, task, raw.key, str(final))
+                shard.quarantine(record, str(final), clip)
             else:
-                yield raw, final
+                yield record, clip, final
 
-    def _usable(self, task: ShardTask, outcome: ShardOutcome) -> Iterator[RawClip]:
-        """Records with media and captions, each key once."""
-        seen: set[str] = set()
-        for raw in read_shard(task.path):
-            if isinstance(raw, ShardDamage):
-                outcome.damage = {"shard": _file_name(task), "source": task.source, "error": raw.error}
-                return
-            if raw.key in seen:
-                _quarantine(outcome, task, raw.key, "key stands twice in the shard")
-            elif raw.kind is None:
-                _quarantine(outcome, task, raw.key, "no media member of a known kind")
-            elif raw.fault is not None:
-                _quarantine(outcome, task, raw.key, raw.fault)
-            elif not raw.captions:
-                _quarantine(outcome, task, raw.key, "caption is missing")
-            else:
-                yield raw
-            seen.add(raw.key)
-
-    def _retry(self, pool: DecoderPool, raw: RawClip, error: DecodeError) -> DecodedClip | DecodeError:
+    def _retry(
+        self, pool: DecoderPool, raw: RawClip, span: Span | None, error: DecodeError
+    ) -> DecodedClip | DecodeError:
         for _ in range(self._plan.precompute.num_retries):
             try:
-                return pool.decode(raw.data, str(raw.kind))
+                return pool.decode(raw.data, str(raw.kind), span)
             except DecodeError as again:
                 error = again
         return error
 
     def _keep_or_drop(
-        self, task: ShardTask, raw: RawClip, clip: DecodedClip, writer: CacheShardWriter, outcome: ShardOutcome
+        self, shard: _Shard, record: _Read, wanted: WantedClip, clip: DecodedClip, writer: CacheShardWriter
     ) -> None:
-        reason = reason_to_drop(clip, task.media, self._plan.precompute.min_frames)
+        raw, outcome = record.raw, shard.outcome
+        reason = reason_to_drop(clip, shard.task.media, self._plan.precompute.min_frames)
         if reason is not None:
             outcome.filtered[reason] = outcome.filtered.get(reason, 0) + 1
             return
         try:
-            encoded = self._encoder.encode(clip, [caption.text for caption in raw.captions], raw.key)
+            with shard.timed("encode_s"):
+                encoded = self._encoder.encode(clip, [caption.text for caption in raw.captions], wanted.key)
         except EncodeError as error:
-            _quarantine(outcome, task, raw.key, str(error))
+            shard.quarantine(record, str(error), wanted)
             return
-        writer.add(_row(task, raw, clip, encoded), encoded.latents, encoded.texts)
+        with shard.timed("write_s"):
+            writer.add(_row(shard.task, raw, wanted, clip, encoded), encoded.latents, encoded.texts)
         outcome.kept += 1
+        outcome.decoders[clip.decoder] = outcome.decoders.get(clip.decoder, 0) + 1
 
 
-def _quarantine(outcome: ShardOutcome, task: ShardTask, key: str, error: str) -> None:
-    outcome.quarantined.append({"key": key, "shard": _file_name(task), "source": task.source, "error": error})
+def _records(task: ShardTask) -> Iterator[_Read | ShardDamage]:
+    """Records of a raw shard, each key once: without media, caption or a key of their own they have a fault."""
+    seen: set[str] = set()
+    for position, raw in enumerate(read_shard(task.path)):
+        if isinstance(raw, ShardDamage):
+            yield raw
+            return
+        yield _Read(position, raw, fault_of(raw, seen))
+
+
+def _wanted(shard: _Shard, record: _Read | ShardDamage, clip_list: ClipList) -> list[WantedClip]:
+    """Clips of a record to encode; of one that cannot be used none, and that is noted."""
+    if isinstance(record, ShardDamage):
+        shard.outcome.damage = {"shard": _file_name(shard.task), "source": shard.task.source, "error": record.error}
+        return []
+    if record.fault is not None:
+        shard.quarantine(record, record.fault)
+        return []
+    try:
+        return clip_list.wanted(record.raw.key)
+    except KeyError:
+        shard.quarantine(record, "was not surveyed: the shard changed while this job ran")
+        return []
+
+
+def _size_bytes(record: _Read | ShardDamage) -> int:
+    return len(record.raw.data) if isinstance(record, _Read) else 0
 
 
 def _file_name(task: ShardTask) -> str:
     return task.path.rsplit("/", 1)[-1]
 
 
-def _row(task: ShardTask, raw: RawClip, clip: DecodedClip, encoded: EncodedClip) -> IndexRow:
+def _row(task: ShardTask, raw: RawClip, wanted: WantedClip, clip: DecodedClip, encoded: EncodedClip) -> IndexRow:
     return IndexRow(
-        key=raw.key, source=task.source, media=task.media, shard="",
+        key=wanted.key, source=task.source, media=task.media, shard="",
         height_px=clip.bucket[0], width_px=clip.bucket[1],
         num_frames=len(clip.frames), num_latents=encoded.latents.shape[1], fps=clip.fps,
         captions=tuple(caption.text for caption in raw.captions),
@@ -201,5 +280,5 @@ def _row(task: ShardTask, raw: RawClip, clip: DecodedClip, encoded: EncodedClip)
         offset_bytes=0, size_bytes=0, checksum="",
         source_height_px=clip.source_size[0], source_width_px=clip.source_size[1],
         source_num_frames=clip.source_num_frames, source_fps=clip.source_fps,
-        scores=json.dumps(scores(clip), sort_keys=True),
+        scores=json.dumps(scores(clip) if wanted.scores is None else wanted.scores, sort_keys=True),
     )  # fmt: skip

@@ -18,6 +18,9 @@ the config's last curriculum stage; tables, curves and every number go to `<run>
 training: the trainer timed as it is run, on Ray workers: each curriculum stage at each ZeRO stage for some steps, on
 random latents; tokens a second, MFU, memory beside the plan's, and what a save costs. Into `<run>/benchmark/training/`.
 
+data: the data pipeline beside its peers, each part of `benchmark.data_parts` in one run, on the sources of the config:
+decoders, to the buckets of the precompute. Writes nothing.
+
 sequence: one whole clip as one sequence, forward and backward, on `benchmark.worker_counts` ranks that cut it: seconds
 and memory of activations. Into `<run>/benchmark/sequence/`.
 """
@@ -34,6 +37,7 @@ import torch
 import torch.distributed as dist
 
 from jobs import cli
+from jobs.benchmark_data import data
 from jobs.benchmark_on_workers import sequence, training
 from jobs.train import check_data, train_on_rank, with_absolute_paths
 from m4v_dist import storage
@@ -62,7 +66,7 @@ from m4v_dist.trainer.metrics import read_rows
 
 logger = logging.getLogger(__name__)
 
-SUBJECTS = ("flops", "attention", "kernels", "scale", "ablation", "training", "sequence")
+SUBJECTS = ("flops", "attention", "kernels", "scale", "ablation", "training", "data", "sequence")
 
 
 def flops(config: RunConfig, dry_run: bool) -> str:
@@ -224,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return cli.main("benchmark ablation", ablation, "Train the rows of the ablations side by side.", rest)
         case "training":
             return cli.main("benchmark training", training, "Time training on Ray workers.", rest)
+        case "data":
+            return cli.main("benchmark data", data, "Time the data pipeline.", rest, writes=False)
         case "sequence":
             return cli.main("benchmark sequence", sequence, "Time one sequence on ranks that cut it.", rest)
     raise AssertionError(subject)

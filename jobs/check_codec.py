@@ -105,7 +105,9 @@ def _describe(mean: dict[str, Any]) -> str:
 def _compare(config: RunConfig, cache: LatentCache, codec: Codec, source: SourceSettings) -> Iterator[CodecComparison]:
     precompute = config.precompute
     buckets = tuple((bucket.height_px, bucket.width_px) for bucket in precompute.buckets)
-    rule = DecodeRule(buckets, precompute.num_frames, precompute.fps)
+    rule = DecodeRule(
+        buckets, precompute.num_frames, precompute.fps, precompute.decoder, int(precompute.max_decode_gib * 2**30)
+    )
     comparisons = compare_source(cache, source.name, list_shards(source.shards), codec, rule, precompute.timeout_s)
     yield from tqdm(comparisons, desc=source.name, total=len(cache.rows(source.name)), unit="clip")
 

@@ -5,17 +5,19 @@ import sys
 
 from data_pipeline.manifest import list_shards
 from data_pipeline.pipeline import run_precompute
-from data_pipeline.precompute_plan import PrecomputePlan, describe_plan
+from data_pipeline.plan_table import describe_plan
+from data_pipeline.precompute_plan import PrecomputePlan
 from jobs.cli import check_writable, main
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.launch.ray_session import ray_session
+from m4v_dist.report.curation_page import write_curation_page
 
 logger = logging.getLogger(__name__)
 
 
 def precompute_latents(config: RunConfig, dry_run: bool) -> str:
     """Fill the run's latent cache; see `pipeline.run_precompute` for what it raises."""
-    plan = PrecomputePlan(config.sources, config.precompute, config.codec, config.text_encoder)
+    plan = PrecomputePlan(config.sources, config.precompute, config.codec, config.text_encoder, config.curation)
     if dry_run:
         logger.info("plan\n%s", describe_plan(plan))
         return "dry run: the plan above can be done; nothing was written"
@@ -23,7 +25,7 @@ def precompute_latents(config: RunConfig, dry_run: bool) -> str:
     for source in config.sources:
         list_shards(source.shards)
     check_writable(config.precompute.cache, "precompute.cache")
-    result = run_precompute(plan, lambda: ray_session(config.launch, has_workers=False))
+    result = run_precompute(plan, lambda: ray_session(config.launch, has_workers=False), show_lists=_show_lists)
     report = result.report
     if result.did_nothing:
         return (
@@ -34,6 +36,10 @@ def precompute_latents(config: RunConfig, dry_run: bool) -> str:
         f"{len(report['quarantined'])} quarantined, {len(report['damaged_shards'])} shards damaged, "
         f"in {plan.precompute.cache} ({report['clips_per_s']} clips/s)"
     )
+
+
+def _show_lists(cache: str) -> None:
+    logger.info("distributions of all scores: %s", write_curation_page(cache))
 
 
 if __name__ == "__main__":

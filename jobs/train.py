@@ -35,6 +35,7 @@ from m4v_dist.launch.ray_session import check_resources, ray_session
 from m4v_dist.launch.ray_workers import run_workers
 from m4v_dist.launch.supervisor import ended_by_signals
 from m4v_dist.launch.validation import ValidationSampling
+from m4v_dist.lease import Holder, LeaseKeeper, require_free
 from m4v_dist.model.build import build_model, build_on_meta, require_channels, require_text_widths
 from m4v_dist.model.start_weights import check_start_weights
 from m4v_dist.objective.flow_matching import PyramidFlowMatching
@@ -43,7 +44,6 @@ from m4v_dist.stop_request import StopRequest
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.curriculum import curriculum_stages
 from m4v_dist.trainer.failure_report import report_failure
-from m4v_dist.trainer.lease import Holder, LeaseKeeper, require_free
 from m4v_dist.trainer.resume import require_same_run
 from m4v_dist.trainer.trainer import Trainer
 from m4v_dist.weights_file import WeightsFile, fill_weights

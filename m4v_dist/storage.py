@@ -8,6 +8,7 @@ refuses for a moment is asked again (`object_store.ask`).
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -19,13 +20,15 @@ from typing import IO, Any
 
 from m4v_dist import durable
 from m4v_dist.errors import NoSpaceError
-from m4v_dist.object_store import ask, remote
+from m4v_dist.object_store import RangedFile, ask, endpoint, remote
 from m4v_dist.object_store import s3 as _s3  # noqa: F401  the tests ask it for a bucket of their own
 
 logger = logging.getLogger(__name__)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says of a disk, or of a quota, that is full."""
+_READ_BYTES = 8 * 2**20
+"""What one request of a remote file that is read front to back asks for."""
 
 
 def is_remote(path: str) -> bool:
@@ -55,6 +58,14 @@ def is_file(path: str) -> bool:
 def shown(path: str) -> str:
     """The path for a message: behind a relative one stands where it leads from here."""
     return path if is_remote(path) or os.path.isabs(path) else f"{path} ({os.path.abspath(path)})"
+
+
+def missing_bucket(path: str) -> str:
+    """What to say if the bucket of a remote path is not there; empty if it is, and of a local path."""
+    if not is_remote(path):
+        return ""
+    bucket = "/".join(path.split("/")[:3])
+    return "" if exists(bucket) else f"there is no bucket {bucket} at {endpoint()}"
 
 
 def size_bytes(path: str) -> int:
@@ -108,9 +119,9 @@ def sync_folder(path: str) -> None:
 
 @contextmanager
 def open_read(path: str) -> Iterator[IO[bytes]]:
-    """Open for reading bytes."""
+    """Open for reading bytes; a remote file is read in large ranges, each asked again where the store fails."""
     if is_remote(path):
-        with remote(path) as filesystem, filesystem.open(path, "rb") as file:
+        with remote(path), io.BufferedReader(RangedFile(path, size_bytes(path)), _READ_BYTES) as file:
             yield file
     else:
         with open(path, "rb") as file:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from m4v_dist.config.curation_settings import CurationThresholds
 from m4v_dist.config.settings import Fraction, Name, PositiveInt, Settings
 
 
@@ -27,6 +28,9 @@ class SourceSettings(Settings):
         description="Those of precompute.buckets that its clips go to; empty: all. Two sources of one set of shards "
         "give it in two sizes.",
     )
+    thresholds: CurationThresholds | None = Field(
+        default=None, description="Those of this source, in place of all of curation.thresholds."
+    )
 
 
 class PrecomputeSettings(Settings):
@@ -39,12 +43,31 @@ class PrecomputeSettings(Settings):
     fps: float = Field(
         default=24.0, gt=0, description="Frames per second of the cached clip; slower clips keep theirs."
     )
-    num_actors: PositiveInt = Field(default=1, description="Ray Data actors that decode and encode.")
+    num_actors: PositiveInt = Field(default=1, description="Ray Data actors that decode and encode; at most.")
+    min_actors: PositiveInt | None = Field(
+        default=None,
+        description="Actors to begin with, where nodes come and go; None: num_actors always.",
+    )
     decode_processes: PositiveInt = Field(default=1, description="Decoder child processes of one actor.")
     cpus_per_actor: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for an actor.")
     gpus_per_actor: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for an actor.")
     wait_for_nodes: bool = Field(
         default=False, description="The cluster grows: wait for a node that holds an actor; else that is exit 2."
+    )
+    media_mib_in_flight: PositiveInt = Field(
+        default=256,
+        description="MiB of undecoded media that a shard holds at once; a larger clip goes alone.",
+    )
+    lease_timeout_s: float = Field(
+        default=60.0, ge=1, description="Seconds without a heartbeat after which another job may take the cache over."
+    )
+    decoder: Literal["auto", "decord", "pyav", "torchcodec"] = Field(
+        default="auto",
+        description="auto: decord where it is trusted, PyAV for other video and wherever decord fails or differs from "
+        "the file's packets. The others decode all video by themselves; torchcodec is not among our dependencies.",
+    )
+    max_decode_gib: float = Field(
+        default=4.0, gt=0, description="A clip that may take more memory in its decoder is quarantined, not decoded."
     )
     timeout_s: float = Field(default=60.0, gt=0, description="A clip that decodes longer is killed and retried alone.")
     num_retries: int = Field(default=2, ge=0, description="Retries of a clip alone, before it is quarantined.")
@@ -58,6 +81,12 @@ class PrecomputeSettings(Settings):
         if value % 8 != 1:
             raise ValueError(f"num_frames={value} breaks the 8k+1 frame rule; use {value // 8 * 8 + 1}")
         return value
+
+    @model_validator(mode="after")
+    def _fewest_are_not_above_most(self) -> "PrecomputeSettings":
+        if self.min_actors is not None and self.min_actors > self.num_actors:
+            raise ValueError(f"min_actors={self.min_actors} is above num_actors={self.num_actors}, the most there are")
+        return self
 
 
 class CodecSettings(Settings):

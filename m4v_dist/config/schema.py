@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from m4v_dist.config.curation_settings import CurationSettings
 from m4v_dist.config.data_settings import CodecSettings, PrecomputeSettings, SourceSettings, TextEncoderSettings
 from m4v_dist.config.model_settings import Ablation, KernelSettings, ModelSettings
 from m4v_dist.config.settings import Fraction, Name, PositiveInt, Settings
@@ -151,6 +152,11 @@ class BenchmarkSettings(Settings):
         min_length=1,
         description="Rows of the ablations; two names of one model train once.",
     )  # fmt: skip
+    data_parts: tuple[Literal["decode"], ...] = Field(
+        default=("decode",), min_length=1, description="data: parts of the data pipeline that are timed."
+    )
+    num_clips: PositiveInt = Field(default=64, description="data: video clips of the sources that are decoded.")
+    num_rounds: PositiveInt = Field(default=3, description="data: times that each contestant does all clips.")
 
 
 class ExportSettings(Settings):
@@ -226,6 +232,7 @@ class RunConfig(Settings):
     run: RunSettings
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
     precompute: PrecomputeSettings
+    curation: CurationSettings = CurationSettings()
     codec: CodecSettings = CodecSettings()
     text_encoder: TextEncoderSettings = TextEncoderSettings()
     kernels: KernelSettings = KernelSettings()

@@ -17,6 +17,7 @@ def validate(config: RunConfig) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"sources: {twice} stand twice; give each source its own name.")
+    _validate_curation(config)
     _validate_sequence(config)
     _validate_batch(config)
     _validate_sizes(config)
@@ -146,6 +147,15 @@ def _validate_windows(config: RunConfig) -> None:
             f"trainer.keep_every_steps={trainer.keep_every_steps} is no multiple of trainer.checkpoint_every_steps="
             f"{trainer.checkpoint_every_steps}, so most of what should stay is never saved; use "
             f"{(trainer.keep_every_steps // trainer.checkpoint_every_steps + 1) * trainer.checkpoint_every_steps}."
+        )
+
+
+def _validate_curation(config: RunConfig) -> None:
+    """Thresholds that nobody would ask."""
+    own = [source.name for source in config.sources if source.thresholds is not None]
+    if own and not config.curation.enabled:
+        raise ConfigError(
+            f"sources {own}: thresholds have no effect while curation.enabled=false; set it to true, or leave them out."
         )
 
 

@@ -116,18 +116,19 @@ def decode_image(data: bytes) -> Frames:
         raise MediaError(f"picture cannot be read ({reason})") from error
 
 
-def decode_animation(data: bytes, default_fps: float = 15.0) -> tuple[Frames, float]:
+def decode_animation(data: bytes, default_fps: float = 15.0, max_bytes: int | None = None) -> tuple[Frames, float]:
     """Decode an animated WebP or GIF, or a still as one frame.
 
     Args:
         data: the file.
         default_fps: frame rate where the file stores no durations.
+        max_bytes: most that the frames may take; None: no limit.
 
     Returns:
         frames t h w c uint8, and frames per second.
 
     Raises:
-        MediaError: no readable picture, or frames of several sizes.
+        MediaError: no readable picture, frames of several sizes, or more bytes than allowed.
     """
     from PIL import Image, ImageSequence, UnidentifiedImageError
 
@@ -135,6 +136,7 @@ def decode_animation(data: bytes, default_fps: float = 15.0) -> tuple[Frames, fl
     durations_ms: list[float] = []
     try:
         with Image.open(io.BytesIO(data)) as image:
+            _require_room(getattr(image, "n_frames", 1), image.size, max_bytes)
             for picture in ImageSequence.Iterator(image):
                 pictures.append(np.asarray(picture.convert("RGB"), dtype=np.uint8))
                 durations_ms.append(float(picture.info.get("duration", 0)))
@@ -176,6 +178,15 @@ def centre_crop(frames: Frames, height_px: int, width_px: int) -> Frames:
     """Cut the centre height x width out of frames t h w c."""
     top, left = (frames.shape[1] - height_px) // 2, (frames.shape[2] - width_px) // 2
     return frames[:, top : top + height_px, left : left + width_px]
+
+
+def _require_room(num_frames: int, size: tuple[int, int], max_bytes: int | None) -> None:
+    needed = num_frames * size[0] * size[1] * 3
+    if max_bytes is not None and needed > max_bytes:
+        raise MediaError(
+            f"{num_frames} pictures of {size[1]} x {size[0]} take {needed / 2**30:.2f} GiB, more than "
+            f"{max_bytes / 2**30:g} GiB"
+        )
 
 
 def _checked_frames(frames: ArrayLike) -> Frames:

@@ -35,6 +35,11 @@ def render_page(record: RunRecord, *, name: str, date: str, num_parameters: int 
     Raises:
         DataError: a video that samples.json or codec.json names is missing.
     """
+    return render_template("page.html", name=name, date=date, num_parameters=num_parameters, **_view(record))
+
+
+def render_template(template: str, **view: Any) -> str:
+    """Fill a template of this folder; text is escaped, and a name that the template wants must be there."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -46,8 +51,7 @@ def render_page(record: RunRecord, *, name: str, date: str, num_parameters: int 
     )
     environment.filters["db"] = lambda value: "not measured" if value is None else f"{value:.1f} dB"
     environment.filters["duration"] = _duration
-    template = environment.get_template("page.html")
-    return template.render(name=name, date=date, num_parameters=num_parameters, **_view(record))
+    return environment.get_template(template).render(**view)
 
 
 def _view(record: RunRecord) -> dict[str, Any]:

@@ -189,6 +189,60 @@ def _draw_legend(figure: Any, axes: Sequence[Any]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of one group on axes of their own.
+
+    Args:
+        title: above the axes.
+        edges: of the bins, one more than there are.
+        kept, dropped: counts of each bin, stacked.
+        limits: (text, value) of each threshold; drawn as a line.
+    """
+
+    title: str
+    edges: tuple[float, ...]
+    kept: tuple[int, ...]
+    dropped: tuple[int, ...]
+    limits: tuple[tuple[str, float], ...] = ()
+
+
+def histograms(
+    panels: Sequence[Histogram], x_label: str, *, is_log: bool, num_columns: int = 3, height_in: float = 2.4
+) -> str:
+    """Draw histograms in rows of `num_columns`, each as high as its own counts; the page says what the colours are."""
+    from matplotlib.figure import Figure
+
+    num_rows = -(-len(panels) // num_columns)
+    with _style():
+        figure = Figure(figsize=(10.0, height_in * num_rows), layout="constrained")
+        axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+        for panel, axis in zip(panels, axes, strict=False):
+            _draw_histogram(panel, axis, is_log)
+            axis.set_xlabel(x_label)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        return _to_svg(figure)
+
+
+def _draw_histogram(panel: Histogram, axis: Any, is_log: bool) -> None:
+    both = [kept + dropped for kept, dropped in zip(panel.kept, panel.dropped, strict=True)]
+    axis.stairs(panel.kept, panel.edges, fill=True, color=ROLES["first"], alpha=0.9)
+    axis.stairs(both, panel.edges, baseline=panel.kept, fill=True, color=ROLES["second"], alpha=0.9)
+    if is_log:
+        axis.set_xscale("log")
+    axis.set_xlim(panel.edges[0], panel.edges[-1])
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    for text, value in panel.limits:
+        if panel.edges[0] <= value <= panel.edges[-1]:
+            axis.axvline(value, color=ROLES["alarm"], linewidth=1.2, linestyle=(0, (4, 3)))
+            axis.annotate(
+                text, (value, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+                ha="center", color=ROLES["alarm"], fontsize=8.5,
+            )  # fmt: skip
+    axis.set_title(panel.title, loc="left", color=ROLES["ink"], pad=16)
+
+
 def stacked_bar(parts: Sequence[tuple[str, float]], unit: str, *, width_in: float = 10.0) -> str:
     """Draw one horizontal bar of (role, value) parts, the share of those from 6 % on above them.
 

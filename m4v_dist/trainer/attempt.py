@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from m4v_dist import storage
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import DamagedCheckpointError, DataError, JobError
+from m4v_dist.lease import Holder, Lease, claim
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.failure_report import report_failure
-from m4v_dist.trainer.lease import Holder, Lease, claim
 from m4v_dist.trainer.metrics import Broken, Ledger, Metrics, broken_attempt, read_rows
 
 logger = logging.getLogger(__name__)

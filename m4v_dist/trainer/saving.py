@@ -15,12 +15,12 @@ from typing import Any
 from m4v_dist import storage
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import DamagedCheckpointError, DataError, SaveFailedError
+from m4v_dist.lease import require_held
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.attempt import Attempt
 from m4v_dist.trainer.checkpoint_saver import CheckpointSaver
 from m4v_dist.trainer.guards import Clock
-from m4v_dist.trainer.lease import require_held
 from m4v_dist.trainer.metrics import Ledger, read_rows
 from m4v_dist.trainer.ranges import Ranges
 from m4v_dist.trainer.save_pause import SavePause, pause_s

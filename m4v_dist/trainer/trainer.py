@@ -19,6 +19,7 @@ from torch import nn
 
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import DamagedCheckpointError, PreemptedError
+from m4v_dist.lease import Holder, LeaseKeeper
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.stop_request import StopRequest
 from m4v_dist.trainer import checkpoint
@@ -27,7 +28,6 @@ from m4v_dist.trainer.curriculum import CurriculumStage, curriculum_stage_at, tr
 from m4v_dist.trainer.deepspeed_engine import ZeroEngine, partition
 from m4v_dist.trainer.ema import Ema
 from m4v_dist.trainer.guards import Clock, SkippedSteps, require_same_slots
-from m4v_dist.trainer.lease import Holder, LeaseKeeper
 from m4v_dist.trainer.measured import StepMeter
 from m4v_dist.trainer.metrics import Broken
 from m4v_dist.trainer.optimizer import learning_rate

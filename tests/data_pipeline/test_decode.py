@@ -33,7 +33,8 @@ RULE = DecodeRule(buckets=((64, 64), (48, 96)), num_frames=17, fps=24.0)
 def test_frames_are_8k_plus_1_from_the_start_at_the_rate(
     num_frames: int, source_fps: float, limit: int, fps: float, expected: list[int]
 ) -> None:
-    indices, rate = choose_frames(num_frames, source_fps, DecodeRule(((64, 64),), limit, fps))
+    times_s = np.arange(num_frames) / source_fps
+    indices, rate = choose_frames(times_s, source_fps, DecodeRule(((64, 64),), limit, fps))
     assert indices.tolist() == expected
     assert rate == min(source_fps, fps)
 
@@ -62,8 +63,6 @@ def test_a_still_is_one_frame_and_a_small_one_is_enlarged() -> None:
 def bad_files() -> dict[str, bytes]:
     sound = encode_mp4(moving_blocks(3, 30), 24.0)
     noise = np.random.default_rng(0).integers(0, 256, 20000).astype(np.uint8).tobytes()
-    holed = bytearray(sound)
-    holed[len(sound) // 2 : len(sound) // 2 + 2000] = bytes(2000)
     return {
         "empty": b"",
         "random": noise,
@@ -81,7 +80,7 @@ def test_a_bad_file_gives_a_printable_error(name: str) -> None:
         decode_clip(bad_files()[name], "mp4", RULE)
     message = str(caught.value)
     assert message.isascii() and message.isprintable() and 5 < len(message) < 400
-    assert "/github/" not in message
+    assert "Errno" not in message
 
 
 def test_an_error_message_is_the_same_on_each_run() -> None:
@@ -94,8 +93,8 @@ def test_an_error_message_is_the_same_on_each_run() -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(DecodeError, match="kind 'wmv'"):
-        decode_clip(b"x", "wmv", RULE)
+    with pytest.raises(DecodeError, match="kind 'exe'"):
+        decode_clip(b"x", "exe", RULE)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

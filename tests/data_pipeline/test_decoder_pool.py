@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from m4v_dist.frozen.video_file import encode_mp4
 from tests.data_pipeline.made_cache import moving_blocks
 
 RULE = DecodeRule(buckets=((64, 64), (48, 96)), num_frames=17, fps=24.0)
+BY_DECORD = replace(RULE, decoder="decord")
 
 
 def test_the_pool_keeps_the_order_and_the_neighbours_of_a_bad_clip() -> None:
     sound = [encode_mp4(moving_blocks(seed, 9 + 8 * (seed % 2)), 24.0) for seed in range(4)]
-    clips = [(sound[0], "mp4"), (b"junk", "mp4"), (sound[1], "mp4"), (sound[2], "mp4"), (b"", "png"), (sound[3], "mp4")]
+    media = [sound[0], b"junk", sound[1], sound[2], b"", sound[3]]
+    clips = [(data, "mp4" if data else "png", None) for data in media]
     with DecoderPool(2, 30.0, RULE) as pool:
         results = list(pool.decode_all(clips))
     assert [isinstance(result, DecodeError) for result in results] == [False, True, False, False, True, False]
@@ -40,7 +43,7 @@ def children() -> list[int]:
 
 
 def decoders() -> list[int]:
-    return [pid for pid in children() if b"data_pipeline.decoder_pool" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in children() if b"data_pipeline.decoder_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_a_killed_child_costs_its_clip_only() -> None:
@@ -70,23 +73,30 @@ def test_a_child_that_hangs_is_killed_after_the_timeout() -> None:
 
 def fake_decord(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Put another decord before the installed one, for processes that start now."""
-    (folder / "decord.py").write_text(f"import os, sys, time\nDECORDError = OSError\n{code}\n")
+    head = "import os, sys, time, types\nDECORDError = OSError\n"
+    logging = "logging = types.SimpleNamespace(INFO=32, set_level=lambda level: None)\n"
+    (folder / "decord.py").write_text(f"{head}{logging}{code}\n")
     monkeypatch.syspath_prepend(str(folder))
+
+
+def marked(mark: bytes) -> bytes:
+    """A sound video with a byte behind its boxes, by which a fake decord knows it."""
+    return encode_mp4(moving_blocks(5, 9), 24.0) + mark
 
 
 def test_a_child_that_dies_of_a_python_error_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_decord(tmp_path, monkeypatch, "def VideoReader(file, **_):\n    raise KeyError('surprise')")
     with DecoderPool(1, 30.0, RULE) as pool:
         for _ in range(3):
-            with pytest.raises(DecodeError, match=r"^decoder died: exit code 1: .*decode.py.*KeyError: 'surprise'$"):
-                pool.decode(b"x" * 100, "mp4")
+            with pytest.raises(DecodeError, match=r"^decoder died: exit code 1: .*decord.py.*KeyError: 'surprise'$"):
+                pool.decode(marked(b""), "mp4")
 
 
 def test_what_a_dying_child_printed_is_kept_to_its_end_and_to_its_clip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = """def VideoReader(file, **_):
-    kind = file.read(1)
+    kind = file.read()[-1:]
     if kind == b"1":
         print("of the first clip", file=sys.stderr)
         raise ValueError("a bad file")
@@ -99,11 +109,11 @@ def test_what_a_dying_child_printed_is_kept_to_its_end_and_to_its_clip(
     messages = []
     # 2 prints to stdout, 3 to stderr
     for clip in (b"2", b"3"):
-        with DecoderPool(1, 30.0, RULE) as pool:
+        with DecoderPool(1, 30.0, BY_DECORD) as pool:
             with pytest.raises(DecodeError, match="^decord: a bad file$"):
-                pool.decode(b"1", "mp4")
+                pool.decode(marked(b"1"), "mp4")
             with pytest.raises(DecodeError, match=r"^decoder died: exit code 3: ") as caught:
-                pool.decode(clip, "mp4")
+                pool.decode(marked(clip), "mp4")
         messages.append(str(caught.value))
     assert messages[0] == messages[1] and len(messages[0]) < 600 and messages[0].isascii()
     assert messages[0].endswith("] line 19999 [h264] out of ? words") and "first clip" not in messages[0]
@@ -113,17 +123,17 @@ def test_what_a_sound_clip_printed_is_not_laid_at_the_next_ones_door(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = """def VideoReader(file, **_):
-    if file.read(1) == b"1":
+    if file.read()[-1:] == b"1":
         print("of the first clip", file=sys.stderr)
         raise ValueError("a bad file")
     os._exit(4)
 """
     fake_decord(tmp_path, monkeypatch, code)
-    with DecoderPool(1, 30.0, RULE) as pool:
+    with DecoderPool(1, 30.0, BY_DECORD) as pool:
         with pytest.raises(DecodeError, match="a bad file"):
-            pool.decode(b"1", "mp4")
+            pool.decode(marked(b"1"), "mp4")
         with pytest.raises(DecodeError, match="^decoder died: exit code 4$"):
-            pool.decode(b"2", "mp4")
+            pool.decode(marked(b"2"), "mp4")
 
 
 def test_a_child_that_closes_its_pipe_and_lives_on_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +141,7 @@ def test_a_child_that_closes_its_pipe_and_lives_on_is_killed(tmp_path: Path, mon
     fake_decord(tmp_path, monkeypatch, "def VideoReader(file, **_):\n    os.closerange(3, 99)\n    time.sleep(60)")
     with DecoderPool(1, 30.0, RULE) as pool:
         with pytest.raises(DecodeError, match=r"^decoder died: it closed its pipe, ran on for 0.3 s, and was killed$"):
-            pool.decode(b"x" * 100, "mp4")
+            pool.decode(marked(b""), "mp4")
         assert decoders() == []
 
 
@@ -151,7 +161,7 @@ def test_a_broken_decord_is_no_fault_of_the_clip(
         DecoderPool(1, 30.0, RULE) as pool,
         pytest.raises(ConfigError, match=f"decord cannot be imported.*{reason}.*nstall"),
     ):
-        pool.decode(b"x" * 100, "mp4")
+        pool.decode(marked(b""), "mp4")
     with pytest.raises(ConfigError, match=f"decord cannot be imported.*exit code 1.*{reason}.*nstall"):
         require_decord()
 
@@ -167,5 +177,5 @@ def test_an_installed_decord_is_let_pass() -> None:
 
 
 def test_a_decoder_child_starts_without_torch() -> None:
-    code = "import sys, data_pipeline.decoder_pool; sys.exit('torch' in sys.modules)"
+    code = "import sys, data_pipeline.decoder_child; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -57,7 +57,7 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
 def test_an_index_row_places_its_record_in_the_tar(tmp_path: Path) -> None:
     folder = make_cache(str(tmp_path), SOURCES)
     rows, notes = read_index(index_path(folder, "vid"))
-    assert notes == {"fingerprint": "made"}
+    assert notes == {"fingerprint": "made", "tar_bytes": Path(folder, "shards", "vid.tar").stat().st_size}
     data = Path(folder, "shards", "vid.tar").read_bytes()
     for row in rows:
         assert data[row.offset_bytes :].startswith(f"{row.key}.latents.safetensors".encode())

@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.captions import Caption
+from data_pipeline.pack import RawClip, write_shards
 from jobs import benchmark
 from m4v_dist.bench.flops_tables import clip_table
 from m4v_dist.config.load import load_config
+from m4v_dist.frozen.video_file import encode_mp4
+from tests.data_pipeline.made_cache import moving_blocks
 from tests.integration.small_run import make_small_cache, small_values, to_toml
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "jobs" / "configs" / "demo.toml")
+TINY = ROOT / "jobs" / "configs" / "tiny_cpu.toml"
 LARGE = str(ROOT / "jobs" / "configs" / "m4v_2b.toml")
 
 
@@ -293,3 +298,20 @@ def test_ranks_that_cannot_cut_the_sequence_are_refused(tmp_path: Path, capfd: p
 def test_a_large_sequence_is_the_whole_clip_at_full_size(capfd: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["sequence", "--config", LARGE, "--dry-run", "run.folder=/tmp/none"]) == 0
     assert "a sequence of 119,040 tokens on 1 ranks" in capfd.readouterr().out
+
+
+def test_data_times_decoders_on_the_clips_of_the_sources(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    records = [
+        RawClip(f"clip{n}", "mp4", encode_mp4(moving_blocks(n, 12), 24.0), (Caption("blocks"),)) for n in range(3)
+    ]
+    write_shards(records, str(tmp_path / "clips-%03d.tar"), 2)
+    options = [
+        f'sources=[{{name="clips", shards="{tmp_path}/clips-{{000..001}}.tar", media="video", licence="made"}}]',
+        "precompute.buckets=[{height_px=64, width_px=64}]", "benchmark.num_clips=2", "benchmark.num_rounds=1",
+        'curriculum=[{name="mix", num_steps=1, num_latents=1, buckets=[{height_px=64, width_px=64}], '
+        "weights={clips=1.0}, learning_rate=1e-3, micro_batch_slots=12}]",
+    ]  # fmt: skip
+    assert benchmark.main(["data", "--config", str(TINY), *options]) == 0
+    out = capfd.readouterr().out
+    assert "2 clips to 64 x 64 px" in out and out.splitlines()[-1] == "benchmark data: timed decode"
+    assert sum(line.startswith("| dense ") for line in out.splitlines()) >= 3

@@ -16,12 +16,12 @@ from data_pipeline.latent_cache import LatentCache
 from data_pipeline.manifest import read_index, write_index
 from jobs import cli
 from jobs.train import check_run_folder, require_free_run, train
-from m4v_dist import storage
+from m4v_dist import lease, storage
 from m4v_dist.batch import TextFeatures
 from m4v_dist.config.load import parse_config
 from m4v_dist.config.schema import RunConfig
 from m4v_dist.errors import ConfigError, DataError
-from m4v_dist.trainer import checkpoint, lease
+from m4v_dist.trainer import checkpoint
 from tests.integration.small_run import make_small_cache, small_config, small_values, to_toml
 from tests.trainer.made_checkpoint import made_checkpoint
 

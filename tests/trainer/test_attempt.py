@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from m4v_dist.lease import Holder
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer.attempt import begin_attempt
-from m4v_dist.trainer.lease import Holder
 from tests.trainer.ranks import run_ranks
 from tests.trainer.toy import toy_config
 

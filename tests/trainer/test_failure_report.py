@@ -10,10 +10,10 @@ import pytest
 
 from m4v_dist import storage
 from m4v_dist.errors import RunInUseError
+from m4v_dist.lease import Holder, claim
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer.attempt import begin_attempt
 from m4v_dist.trainer.failure_report import failure_of, report_failure
-from m4v_dist.trainer.lease import Holder, claim
 from m4v_dist.trainer.rank_status import Status, StatusFile, read_statuses
 from m4v_dist.trainer.rank_watch import STALL_EXIT_CODE
 from tests.trainer.ranks import run_ranks

@@ -10,11 +10,11 @@ import torch
 
 from m4v_dist import storage
 from m4v_dist.errors import RunInUseError, SaveFailedError
+from m4v_dist.lease import Holder, claim
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.trainer import checkpoint, save_pause
 from m4v_dist.trainer.attempt import Attempt
 from m4v_dist.trainer.guards import Clock
-from m4v_dist.trainer.lease import Holder, claim
 from m4v_dist.trainer.metrics import Ledger, Metrics
 from m4v_dist.trainer.ranges import Ranges
 from m4v_dist.trainer.save_pause import SavePause, pause_s

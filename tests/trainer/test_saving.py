@@ -19,12 +19,12 @@ import torch.distributed as dist
 
 from m4v_dist import storage
 from m4v_dist.errors import DataError, JobError, PreemptedError
+from m4v_dist.lease import Holder, newest_lease
 from m4v_dist.parallel.mesh import Mesh
 from m4v_dist.stop_request import StopRequest
 from m4v_dist.trainer import checkpoint
 from m4v_dist.trainer.attempt import Attempt
 from m4v_dist.trainer.guards import Clock
-from m4v_dist.trainer.lease import Holder, newest_lease
 from m4v_dist.trainer.metrics import Ledger, Metrics
 from m4v_dist.trainer.saving import Saving
 from m4v_dist.trainer.trainer import Trainer, TrainResult

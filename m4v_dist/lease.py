@@ -1,6 +1,6 @@
-"""Who may write a run's checkpoints: one driver at a time, and of its attempts the newest.
+"""Who may write in a folder, a run's checkpoints or a cache: one driver at a time, and of its attempts the newest.
 
-`<checkpoints>/leases/lease_0003.json` is attempt 3's claim. A number can be claimed once (`storage.create_bytes`), and
+`<folder>/leases/lease_0003.json` is attempt 3's claim. A number can be claimed once (`storage.create_bytes`), and
 the highest one counts: so two drivers that begin together do not both get it, and an attempt that has been overtaken
 sees it by looking for a higher number. That is asked before each commit and before anything is removed behind it
 (fencing); a commit in the moment between question and answer does no harm, because attempts write in folders of their
@@ -18,7 +18,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -129,9 +130,9 @@ def require_free(folder: str, holder: Holder, timeout_s: float, *, watches: bool
     """Go on, or not, where another driver may be at work.
 
     Args:
-        folder: checkpoint folder.
+        folder: where the leases lie: of a run its checkpoint folder.
         holder: who wants to go on.
-        timeout_s: trainer.lease_timeout_s.
+        timeout_s: trainer.lease_timeout_s, or precompute.lease_timeout_s.
         watches: a heartbeat that looks old is watched for a good quarter of that; else it is taken for old.
 
     Raises:
@@ -152,9 +153,9 @@ def require_free(folder: str, holder: Holder, timeout_s: float, *, watches: bool
             return
         age_s = 0.0
     raise RunInUseError(
-        f"{folder} is in use by {lease}; its last heartbeat was {max(0.0, age_s):.0f} s ago. Two drivers must not "
-        "train the same run: stop that one, or, if it is dead, wait until its heartbeat is older than "
-        f"trainer.lease_timeout_s={timeout_s:g}, and submit again; for another run give another run.folder."
+        f"{folder} is in use by {lease}; its last heartbeat was {max(0.0, age_s):.0f} s ago. Two jobs must not write "
+        "there: stop that one, or, if it is dead, wait until its heartbeat is older than "
+        f"lease_timeout_s={timeout_s:g}, and submit again; for other work give this job another folder."
     )
 
 
@@ -180,9 +181,7 @@ def claim(folder: str, holder: Holder, *, above: int, timeout_s: float) -> Lease
     # Read back whatever the answer: see `create_bytes`.
     there = Lease.from_json(storage.read_json(path))
     if there.nonce != lease.nonce:
-        raise RunInUseError(
-            f"{folder} is in use by {there}, which claimed it at the same time; stop one of the two drivers."
-        )
+        raise RunInUseError(f"{folder} is in use by {there}, which claimed it at the same time; stop one of the two.")
     if not is_created:
         logger.info("%s: claimed, and told so only on asking again.", path)
     for older in _numbers(folder):
@@ -251,8 +250,27 @@ class LeaseKeeper:
                 storage.write_json(_path(self._folder, lease.number), renewed.to_json())
         # ValueError: a claim that is not whole yet, on a mount without hard links.
         except (OSError, ValueError) as error:
-            # Training goes on: whether the lease is still held is asked at each commit.
+            # Work goes on: whether the lease is still held is asked at each commit.
             logger.warning("%s: the lease could not be renewed: %s", self._folder, error)
+
+
+@contextmanager
+def hold(folder: str, timeout_s: float) -> Iterator[Lease]:
+    """Claim a folder as this process, keep it while the block runs, and give it back.
+
+    The newest claim's file stays: a job that was overtaken long ago still sees a higher number than its own.
+
+    Args:
+        folder: local or s3://.
+        timeout_s: see `require_free`.
+
+    Raises:
+        RunInUseError: another job is at work there.
+    """
+    holder = Holder.of_this_process()
+    lease = claim(folder, holder, above=0, timeout_s=timeout_s)
+    with LeaseKeeper(folder, holder, timeout_s):
+        yield lease
 
 
 def _leases(folder: str) -> str:

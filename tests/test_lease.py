@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from m4v_dist import lease as lease_module
 from m4v_dist import storage
 from m4v_dist.errors import RunInUseError
-from m4v_dist.trainer import lease as lease_module
-from m4v_dist.trainer.lease import Holder, Lease, LeaseKeeper, claim, newest_lease, require_free, require_held
+from m4v_dist.lease import Holder, Lease, LeaseKeeper, claim, newest_lease, require_free, require_held
 from tests.object_store_server import object_store
 
 TIMEOUT_S = 1.0
