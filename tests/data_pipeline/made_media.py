@@ -36,6 +36,19 @@ def pictures(num_frames: int = 20, height_px: int = 96, width_px: int = 128, see
     return frames
 
 
+def smooth_pictures(num_frames: int, height_px: int = 96, width_px: int = 128) -> Frames:
+    """Waves of colour without an edge, to a scaler as good as natural; each frame differs by 20 of 255 and more."""
+    rows, columns = np.mgrid[:height_px, :width_px]
+    phase = 0.35 * np.arange(num_frames)[:, None, None]
+    waves = [
+        np.sin(columns / 17 + rows / 23 + phase),
+        np.sin(rows / 13 - 1.7 * phase) + 0 * columns,
+        np.cos(columns / 29 - rows / 19 + phase),
+    ]  # fmt: skip
+    frames: Frames = (127.5 + 90 * np.stack(waves, -1)).astype(np.uint8)
+    return frames
+
+
 def make_video(
     made: Made,
     frames: Frames,

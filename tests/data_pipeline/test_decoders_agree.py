@@ -1,9 +1,9 @@
 """decord, PyAV and, where it is installed, torchcodec give the same frames of the same files.
 
-Tolerance, of 255: `MAX_MEAN` for a clip's mean absolute difference, `MAX_FRAME` for its worst frame. Both scale
-bilinearly with FFmpeg's swscale, of 2019 and of 2026, which round differently and place chroma at half size a little
-apart: 0.0 to 0.8 was seen on natural clips, 2.4 on the hard coloured edges of these, and 2.2 on one file of 10 bits
-with noise in its chroma. A frame that is one off differs by 4 and more here.
+Tolerance, of 255: a clip's mean absolute difference, and that of its worst frame; from what was seen. decord and PyAV
+both scale bilinearly with FFmpeg's swscale, of 2019 and of 2026, which round differently and place chroma of half size
+a little apart: 0.0 to 1.0 here, 0.0 to 0.8 on 94 sample files but one, which has noise in its chroma of 10 bits and
+differs by 2.2. torchcodec scales in RGB: 0.2 to 2.6 here. A frame that is one off differs by 20 and more here.
 """
 
 import importlib.util
@@ -15,10 +15,11 @@ import pytest
 from data_pipeline.decode import DecodedClip, DecodeError, DecodeRule, decode_clip
 from m4v_dist.errors import ConfigError
 from m4v_dist.frozen.video_file import encode_mp4
-from tests.data_pipeline.made_media import Made, make_video, pictures
+from tests.data_pipeline.made_media import Made, make_video, smooth_pictures
 
-MAX_MEAN, MAX_FRAME = 2.5, 3.0
-FRAMES = pictures(33)
+TOLERANCE = {"decord": (2.5, 3.0), "torchcodec": (3.0, 3.5)}
+"""Against PyAV: mean of the clip, and of its worst frame."""
+FRAMES = smooth_pictures(33)
 RULE = DecodeRule(buckets=((48, 64), (64, 48)), num_frames=33, fps=24.0)
 FILES = {
     "H.264 in MP4": Made("mp4", "libx264"),
@@ -46,7 +47,8 @@ def require_near(found: DecodedClip, wanted: DecodedClip) -> None:
     facts = [(c.fps, c.bucket, c.source_size, c.source_num_frames, c.source_fps) for c in (found, wanted)]
     assert facts[0] == facts[1] and found.frames.shape == wanted.frames.shape
     per_frame = np.abs(found.frames.astype(np.int16) - wanted.frames).mean((1, 2, 3))
-    assert per_frame.mean() <= MAX_MEAN and per_frame.max() <= MAX_FRAME, per_frame
+    of_clip, of_frame = TOLERANCE[found.decoder]
+    assert per_frame.mean() <= of_clip and per_frame.max() <= of_frame, per_frame
 
 
 @pytest.mark.parametrize("name", FILES)
