@@ -1,7 +1,7 @@
 """How long clips take to become frames of a bucket: our verified decoding beside decoders used bare, in one run.
 
 The peers are handed the indices and the size that ours computes, and check nothing. One thread each. This file is
-a door of decord beside its own, because a peer that went through our code would be none.
+a door of decord, PyAV and torchcodec beside their own, because a peer that went through our code would be none.
 
 Legend: `t` frames, `h` `w` pixels, `c` colours.
 """
@@ -9,7 +9,7 @@ Legend: `t` frames, `h` `w` pixels, `c` colours.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,9 +71,16 @@ def decode_times(
         with DecoderPool(1, _TIMEOUT_S, clips[0].rule) as pool:
             contestants: dict[str, Callable[[Clip], object]] = {
                 "decord alone": _decord,
+                "PyAV alone, one pass": _pyav,
+                "probe alone": lambda clip: probe_video(clip.data),
                 "ours, in this process": lambda clip: decode_clip(clip.data, clip.kind, clip.rule),
+                "ours by PyAV, in this process": lambda clip: decode_clip(
+                    clip.data, clip.kind, replace(clip.rule, decoder="pyav")
+                ),
                 "ours, in a child": lambda clip: pool.decode(clip.data, clip.kind, rule=clip.rule),
             }
+            if has_torchcodec():
+                contestants["torchcodec alone"] = _torchcodec
             seconds: dict[str, list[float]] = {name: [] for name in contestants}
             for _ in range(num_rounds + 1):
                 for name, decode in contestants.items():
@@ -89,6 +96,15 @@ def decode_times(
     return times
 
 
+def has_torchcodec() -> bool:
+    """Whether the optional peer can be loaded here: it needs FFmpeg's shared libraries besides itself."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
 def decode_page(times: Sequence[DecodeTimes]) -> str:
     """Clips and frames a second, and each contestant's time over decord's, as markdown."""
     base = {row.sampling: row.seconds for row in times if row.name == "decord alone"}
@@ -99,7 +115,9 @@ def decode_page(times: Sequence[DecodeTimes]) -> str:
         ]
         for row in times
     ]  # fmt: skip
-    return table(["frames", "decoder", "clips/s", "frames/s", "time over decord alone"], rows)
+    heads = ["frames", "decoder", "clips/s", "frames/s", "time over decord alone"]
+    missing = "" if any(row.name == "torchcodec alone" for row in times) else "\n\ntorchcodec is not installed here."
+    return table(heads, rows) + missing
 
 
 def _clip(data: bytes, kind: str, buckets: tuple[tuple[int, int], ...], *, is_sparse: bool) -> Clip:
@@ -118,3 +136,36 @@ def _decord(clip: Clip) -> object:
 
     reader = decord.VideoReader(io.BytesIO(clip.data), width=clip.size[1], height=clip.size[0], num_threads=1)
     return reader.get_batch(clip.indices).asnumpy()
+
+
+def _pyav(clip: Clip) -> object:
+    import io
+
+    import av
+    from av.video.reformatter import Interpolation
+
+    wanted, (height, width) = set(clip.indices.tolist()), clip.size
+    with av.open(io.BytesIO(clip.data), mode="r") as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        frames = []
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                frames.append(
+                    frame.to_ndarray(
+                        format="rgb24", width=width, height=height, interpolation=Interpolation.BILINEAR, threads=1
+                    )
+                )
+            if number == clip.indices[-1]:
+                break
+    return np.stack(frames)
+
+
+def _torchcodec(clip: Clip) -> object:
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize
+
+    decoder = VideoDecoder(
+        clip.data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact", transforms=[Resize(clip.size)]
+    )
+    return decoder.get_frames_at(clip.indices.tolist()).data.numpy()
