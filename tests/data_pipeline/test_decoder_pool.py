@@ -151,6 +151,26 @@ def test_a_child_that_closes_its_pipe_and_lives_on_is_killed(tmp_path: Path, mon
         assert decoders() == []
 
 
+def test_a_file_that_hangs_or_crashes_its_decoder_costs_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """def VideoReader(file, **_):
+    kind = file.read()[-1:]
+    if kind == b"h":
+        time.sleep(600)
+    if kind == b"c":
+        os.kill(os.getpid(), 11)
+    raise ValueError("no decord here")
+"""
+    fake_decord(tmp_path, monkeypatch, code)
+    clips = [(marked(mark), "mp4", None) for mark in (b"-", b"h", b"-", b"c", b"-")]
+    with DecoderPool(2, 8.0, RULE) as pool:
+        results = list(pool.decode_all(clips))
+    # the sound ones are PyAV's, for this decord can do none
+    assert [result.decoder for result in results if isinstance(result, DecodedClip)] == ["pyav"] * 3
+    assert "timeout_s=8" in str(results[1]) and "SIGSEGV" in str(results[3])
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
