@@ -92,8 +92,9 @@ class ShardOutcome:
         filtered: clips dropped, by reason.
         quarantined: clips that failed: key, shard (file name), source, error.
         num_cut_captions: captions longer than the text encoder takes.
-        dropped: clips that a list of `jobs.inspect_cache drop` named, with `key`, `source` and `when`; `offset_bytes`,
-            `size_bytes` and `checksum` where their bytes still stand in the tar. They stay dropped in a redone shard.
+        dropped: clips that a list of `jobs.inspect_cache drop` named: key, source, when. They stay dropped in a redone
+            shard.
+        unindexed: records of the tar that no row names, by `manifest.without_rows`: key, offset_bytes, size_bytes.
         damage: shard (file name), source, error, where the rest of the raw shard could not be read; empty where it was
             whole. The clips lost there are in no other count: nobody knows how many they are.
     """
@@ -104,7 +105,8 @@ class ShardOutcome:
     filtered: dict[str, int] = field(default_factory=dict)
     quarantined: list[dict[str, str]] = field(default_factory=list)
     num_cut_captions: int = 0
-    dropped: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[dict[str, str]] = field(default_factory=list)
+    unindexed: list[dict[str, Any]] = field(default_factory=list)
     damage: dict[str, str] = field(default_factory=dict)
 
     @property
