@@ -16,7 +16,7 @@ from data_pipeline.cache_manifest import index_path, read_null_text, require_man
 from data_pipeline.cache_record import CorruptRecordError
 from data_pipeline.index_table import INDEX
 from data_pipeline.latent_cache import LatentCache, is_index_sound
-from data_pipeline.manifest import IndexRow, read_index
+from data_pipeline.manifest import IndexRow, read_index, tar_spans
 from data_pipeline.record_list import ListedRecord, RecordName
 from m4v_dist import storage
 from m4v_dist.errors import DataError
@@ -131,10 +131,7 @@ def _check_layout(path: str, name: str, rows: list[IndexRow], notes: Mapping[str
     strangers = [row.key for row in rows if row.shard != name]
     if strangers:
         report.problems.append(f"{index_path(path, name)}: {strangers[:5]} are said to stand in another shard")
-    spans = sorted(
-        [(row.offset_bytes, row.size_bytes, row.key) for row in rows]
-        + [(e["offset_bytes"], e["size_bytes"], e["key"]) for e in notes.get("dropped", ()) if "offset_bytes" in e]
-    )
+    spans = tar_spans(rows, notes)
     if not spans:
         return
     if not storage.exists(tar):

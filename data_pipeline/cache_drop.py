@@ -14,7 +14,7 @@ from data_pipeline.cache_census import with_counts
 from data_pipeline.cache_manifest import MANIFEST, fragment_paths, index_path, require_manifest
 from data_pipeline.index_table import INDEX, write_merged_index
 from data_pipeline.latent_cache import is_index_sound
-from data_pipeline.manifest import IndexRow, read_index, write_index
+from data_pipeline.manifest import IndexRow, read_index, without_rows, write_index
 from data_pipeline.precompute_report import count_dropped
 from data_pipeline.record_list import RecordName
 from m4v_dist import storage
@@ -91,7 +91,7 @@ def drop_records(plan: DropPlan, when: str) -> None:
         # derived, and merged anew below: until then readers take the fragments themselves
         storage.remove(storage.join(plan.cache, INDEX))
     for fragment, names in plan.fragments.items():
-        _drop_from(index_path(plan.cache, fragment), set(names), when)
+        _drop_from(index_path(plan.cache, fragment), {name.key for name in names}, when)
     counted = with_counts(manifest, (read_index(path) for path in fragment_paths(plan.cache, manifest).values()))
     if counted != manifest or not is_index_sound(plan.cache, manifest):
         index = write_merged_index(plan.cache, fragment_paths(plan.cache, manifest))
@@ -99,28 +99,22 @@ def drop_records(plan: DropPlan, when: str) -> None:
     count_dropped(plan.cache, Counter(name.source for names in plan.fragments.values() for name in names))
 
 
-def _drop_from(path: str, gone: set[RecordName], when: str) -> None:
+def _drop_from(path: str, keys: set[str], when: str) -> None:
     """Write an index fragment without some of its records."""
     rows, notes = read_index(path)
-    kept = [row for row in rows if _name(row) not in gone]
-    entries = [_entry(row, when) for row in rows if _name(row) in gone]
-    write_index(path, kept, {**notes, "kept": len(kept), DROPPED: [*notes.get(DROPPED, ()), *entries]})
+    kept, changed = without_rows(rows, notes, keys)
+    entries = [{"key": row.key, "source": row.source, "when": when} for row in rows if row.key in keys]
+    write_index(path, kept, {**changed, DROPPED: [*notes.get(DROPPED, ()), *entries]})
     logger.info("%s: dropped %d of %d records", path, len(entries), len(rows))
 
 
-def dropped_before(cache: str, fragment: str) -> dict[str, dict[str, Any]]:
-    """Entries of the records that a list took out of a fragment, by key; without a place, which a new tar lacks."""
+def dropped_before(cache: str, fragment: str) -> dict[str, dict[str, str]]:
+    """Entries of the records that a list took out of a fragment, by key; empty where there is no such fragment."""
     path = index_path(cache, fragment)
     if not storage.exists(path):
         return {}
-    entries = read_index(path)[1].get(DROPPED, ())
-    return {entry["key"]: {name: entry[name] for name in ("key", "source", "when")} for entry in entries}
+    return {entry["key"]: entry for entry in read_index(path)[1].get(DROPPED, ())}
 
 
 def _name(row: IndexRow) -> RecordName:
     return RecordName(row.source, row.key)
-
-
-def _entry(row: IndexRow, when: str) -> dict[str, Any]:
-    return {"key": row.key, "source": row.source, "when": when, "offset_bytes": row.offset_bytes,
-            "size_bytes": row.size_bytes, "checksum": row.checksum}  # fmt: skip

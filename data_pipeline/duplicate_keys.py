@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from data_pipeline.cache_manifest import index_path
-from data_pipeline.manifest import IndexRow, read_index, write_index
+from data_pipeline.manifest import IndexRow, read_index, without_rows, write_index
 from data_pipeline.precompute_plan import ShardOutcome, ShardTask
 
 
@@ -34,17 +34,17 @@ def quarantine_duplicates(
         path = index_path(cache, task.name)
         rows, notes = read_index(path)
         file = task.path.rsplit("/", 1)[-1]
-        kept: list[IndexRow] = []
-        quarantined: list[dict[str, str]] = []
+        again: set[str] = set()
         for row in rows:
-            name = (row.source, row.key)
-            if _hash(row) not in twice or first.setdefault(name, file) == file:
-                kept.append(row)
-            else:
-                error = f"key stands in {first[name]} too"
-                quarantined.append({"key": row.key, "shard": file, "source": row.source, "error": error})
-        if quarantined:
-            changed = {**notes, "kept": len(kept), "quarantined": [*notes["quarantined"], *quarantined]}
+            if _hash(row) in twice and first.setdefault((task.source, row.key), file) != file:
+                again.add(row.key)
+        if again:
+            kept, changed = without_rows(rows, notes, again)
+            where = {"shard": file, "source": task.source}
+            errors = [
+                {"key": key, **where, "error": f"key stands in {first[task.source, key]} too"} for key in sorted(again)
+            ]
+            changed["quarantined"] = [*notes["quarantined"], *errors]
             write_index(path, kept, changed)
             found[task.name] = ShardOutcome(**changed)
     return found

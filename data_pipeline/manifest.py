@@ -8,7 +8,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -137,6 +138,26 @@ def _missing_folders(folders: Iterable[str]) -> str:
         f"there is no folder {', '.join(sorted(gone))}; correct sources.shards, or pack shards there first "
         "(data_pipeline/README.md; `make demo` packs those of the demo)"
     )
+
+
+def without_rows(
+    rows: Iterable[IndexRow], notes: Mapping[str, Any], keys: AbstractSet[str]
+) -> tuple[list[IndexRow], dict[str, Any]]:
+    """A fragment without the rows of some keys, whose bytes stay in the tar: `unindexed` of the notes keeps where."""
+    kept: list[IndexRow] = []
+    unindexed = list(notes.get("unindexed", ()))
+    for row in rows:
+        if row.key in keys:
+            unindexed.append({"key": row.key, "offset_bytes": row.offset_bytes, "size_bytes": row.size_bytes})
+        else:
+            kept.append(row)
+    return kept, {**notes, "kept": len(kept), "unindexed": unindexed}
+
+
+def tar_spans(rows: Iterable[IndexRow], notes: Mapping[str, Any]) -> list[tuple[int, int, str]]:
+    """(offset, size, key) of every record in a fragment's tar, in order, those that `without_rows` took out too."""
+    spans = [(row.offset_bytes, row.size_bytes, row.key) for row in rows]
+    return sorted(spans + [(e["offset_bytes"], e["size_bytes"], e["key"]) for e in notes.get("unindexed", ())])
 
 
 def write_index(path: str, rows: list[IndexRow], notes: dict[str, Any]) -> None:

@@ -117,8 +117,9 @@ class ShardOutcome:
         quarantined: clips that failed: key, shard (file name), source, error.
         decoders: clips kept, by what decoded them.
         num_cut_captions: captions longer than the text encoder takes.
-        dropped: clips that a list of `jobs.inspect_cache drop` named, with `key`, `source` and `when`; `offset_bytes`,
-            `size_bytes` and `checksum` where their bytes still stand in the tar. They stay dropped in a redone shard.
+        dropped: clips that a list of `jobs.inspect_cache drop` named: key, source, when. They stay dropped in a redone
+            shard.
+        unindexed: records of the tar that no row names, by `manifest.without_rows`: key, offset_bytes, size_bytes.
         damage: shard (file name), source, error, where the rest of the raw shard could not be read; empty where it was
             whole. The clips lost there are in no other count: nobody knows how many they are.
         tar_bytes: size of the shard's tar, as its writer notes it.
@@ -131,7 +132,8 @@ class ShardOutcome:
     quarantined: list[dict[str, str]] = field(default_factory=list)
     decoders: dict[str, int] = field(default_factory=dict)
     num_cut_captions: int = 0
-    dropped: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[dict[str, str]] = field(default_factory=list)
+    unindexed: list[dict[str, Any]] = field(default_factory=list)
     damage: dict[str, str] = field(default_factory=dict)
     tar_bytes: int = 0
 

@@ -124,6 +124,7 @@ def test_a_key_in_a_later_shard_of_its_source_is_quarantined_and_the_first_stand
     cache = LatentCache.open(str(tmp_path / "cache"))
     assert [row.captions[0] for row in cache.rows("stills")] == ["a in 0", "b in 0", "c in 1", "d in 1", "e in 2"]
     assert cache.manifest["sources"]["stills"]["records"] == 5
+    assert check_cache(cache.path, 2, lambda: None).is_sound
     assert run_here(plan).did_nothing
     with pytest.raises(DataError, match="2 of 7 clips are quarantined"):
         run_here(make_plan(tmp_path / "raw", tmp_path / "other", num_shards=3, max_bad_fraction=0.1))
