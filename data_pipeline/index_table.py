@@ -14,6 +14,7 @@ Beside `manifest.py` the only file that imports pyarrow.
 
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +49,7 @@ _SCHEMA = pyarrow.schema(
         ("caption_weights", pyarrow.list_(pyarrow.float64())),
     ]
 )
-_FRAGMENT_COLUMNS = ["source", *_SCHEMA.names]
+FRAGMENT_COLUMNS = ["source", *_SCHEMA.names]
 
 
 class IndexMismatchError(Exception):
@@ -63,14 +64,23 @@ class RecordTable:
         columns: of `_SCHEMA`, its rows alone.
         shards: names that the column `shard` counts in.
         digest: of keys and checksums, in order.
+        mapped: the file that the columns are views of; None where they are in this process's memory.
 
     Attributes:
         source, digest: as given.
         height_px, width_px, num_latents: one int32 for each record.
     """
 
-    def __init__(self, source: str, columns: pyarrow.RecordBatch, shards: Sequence[str], digest: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        columns: pyarrow.RecordBatch,
+        shards: Sequence[str],
+        digest: str,
+        mapped: mmap.mmap | None = None,
+    ) -> None:
         self.source, self.digest = source, digest
+        self._mapped = mapped
         self._shards = shards
         self.height_px, self.width_px, self.num_latents, self._shard = (
             columns.column(name).to_numpy() for name in ("height_px", "width_px", "num_latents", "shard")
@@ -85,6 +95,14 @@ class RecordTable:
 
     def __len__(self) -> int:
         return len(self.height_px)
+
+    def release(self) -> None:
+        """Let go of the pages that were looked at: the host keeps them, this process counts them no longer.
+
+        The system maps sixteen for each one that is asked for, so records drawn at random would soon map the whole.
+        """
+        if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def key(self, record: int) -> str:
         """The record's key."""
@@ -125,7 +143,7 @@ class RecordTable:
 def tables_of_rows(rows: Mapping[str, Sequence[IndexRow]]) -> dict[str, RecordTable]:
     """Tables of rows that are in memory, by source, in the order that a merged index has."""
     values = [asdict(row) for source in sorted(rows) for row in rows[source]]
-    columns = {name: [value[name] for value in values] for name in _FRAGMENT_COLUMNS}
+    columns = {name: [value[name] for value in values] for name in FRAGMENT_COLUMNS}
     types = {field.name: field.type for field in _SCHEMA} | dict.fromkeys(("source", "shard", "checksum"), "string")
     table = pyarrow.table({name: pyarrow.array(column, types[name]) for name, column in columns.items()})
     return _tables(*_merged([table]))
@@ -161,8 +179,19 @@ def write_merged_index(cache: str, paths: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         DataError: see `merge_fragments`.
     """
-    columns, notes = _merged(_read_fragments(paths.values()))
-    notes["fragments"] = _fragment_sizes(paths)
+    return write_index_of(cache, _read_fragments(paths.values()), _fragment_sizes(paths))
+
+
+def write_index_of(cache: str, tables: Sequence[pyarrow.Table], fragments: Mapping[str, int]) -> dict[str, Any]:
+    """As `write_merged_index`, of fragments' columns that are at hand.
+
+    Args:
+        cache: its folder.
+        tables: of `FRAGMENT_COLUMNS`.
+        fragments: sizes in bytes of the files that they were read from, by name.
+    """
+    columns, notes = _merged(tables)
+    notes["fragments"] = dict(fragments)
     schema = _SCHEMA.with_metadata({_NOTES: json.dumps(notes, sort_keys=True)})
     descriptor, temporary = tempfile.mkstemp(suffix=".arrow")
     os.fchmod(descriptor, 0o644)  # mkstemp's files are for their owner alone; a cache is shared
@@ -186,9 +215,10 @@ def open_merged_index(local_path: str, entry: Mapping[str, Any], paths: Mapping[
     """
     if os.path.getsize(local_path) != entry["size_bytes"] or _checksum_of(local_path) != entry["checksum"]:
         raise IndexMismatchError("its bytes are not those that the manifest names")
-    # the mapped pages as one buffer: from a file, even a mapped one, Arrow would read in threads of its own
-    buffer = pyarrow.memory_map(local_path).read_buffer()
-    reader = pyarrow.ipc.open_file(buffer, options=pyarrow.ipc.IpcReadOptions(use_threads=False))
+    with open(local_path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # as one buffer: from a file, even a mapped one, Arrow would read in threads of its own
+    reader = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped), options=pyarrow.ipc.IpcReadOptions(use_threads=False))
     notes = json.loads(reader.schema.metadata[_NOTES])
     found = _fragment_sizes(paths)
     differing = sorted(
@@ -198,12 +228,12 @@ def open_merged_index(local_path: str, entry: Mapping[str, Any], paths: Mapping[
         raise IndexMismatchError(
             f"fragments were made anew since it was merged, or are gone: {', '.join(differing[:5])}"
         )
-    return _tables(reader.get_batch(0), notes)
+    return _tables(reader.get_batch(0), notes, mapped)
 
 
 def _read_fragments(paths: Iterable[str]) -> list[pyarrow.Table]:
     with ThreadPoolExecutor(_READS_IN_FLIGHT) as pool:
-        return list(pool.map(lambda path: read_index_columns(path, _FRAGMENT_COLUMNS), paths))
+        return list(pool.map(lambda path: read_index_columns(path, FRAGMENT_COLUMNS), paths))
 
 
 def _fragment_sizes(paths: Mapping[str, str]) -> dict[str, int]:
@@ -244,9 +274,11 @@ def _one_chunk(column: pyarrow.Array | pyarrow.ChunkedArray) -> pyarrow.Array:
     return column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
 
 
-def _tables(columns: pyarrow.RecordBatch, notes: Mapping[str, Any]) -> dict[str, RecordTable]:
+def _tables(
+    columns: pyarrow.RecordBatch, notes: Mapping[str, Any], mapped: mmap.mmap | None = None
+) -> dict[str, RecordTable]:
     return {
-        source: RecordTable(source, columns.slice(start, stop - start), notes["shards"], digest)
+        source: RecordTable(source, columns.slice(start, stop - start), notes["shards"], digest, mapped)
         for source, (start, stop, digest) in notes["sources"].items()
     }
 

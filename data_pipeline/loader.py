@@ -283,6 +283,15 @@ class LatentLoader:
     def _held_out_item(self, slot: Slot) -> tuple[Slot, CacheRecord]:
         return slot, self._records.take(self._records.read(*_place(slot)), slot.caption)
 
+    def plan_ahead(self, num_steps: int) -> list[list[Slot]]:
+        """The slots of the next steps on all ranks, as they will be handed out; nothing is read, and no state moves."""
+        assert self._stage is not None, "enter() comes first"
+        steps, state = [], self._state
+        for _ in range(num_steps):
+            slots, state = self._planner.plan(self._stage, state)
+            steps.append(slots)
+        return steps
+
     # ---- reading
 
     def _prepare(self, stage: StagePlan, state: LoaderState) -> Iterator[tuple[StepBatch, LoaderState]]:

@@ -19,6 +19,8 @@ from m4v_dist.config.data_settings import BucketSettings, SourceSettings
 from m4v_dist.config.training_settings import CurriculumStageSettings, ObjectiveSettings
 from m4v_dist.errors import ConfigError, DataError
 
+_LOOK_UPS_TO_RELEASE = 1024
+"""Records of an index after whose look-up its pages are let go of: half a gigabyte of them at most."""
 ChooseUnit = Callable[[int, int, int, int, int, int], int]
 """`objective.history.choose_unit(num_units, group_size, member, turn, pyramid_stage, num_pyramid_stages)`."""
 NumSegmentTokens = Callable[[int, int, int, tuple[int, int], int], int]
@@ -85,6 +87,7 @@ class SlotPlanner:
         self._choose_unit = choose_unit
         self._num_segment_tokens = num_segment_tokens
         self._patch_size = patch_size
+        self._num_looked_up = 0
 
     @property
     def identity(self) -> dict[str, int]:
@@ -121,6 +124,11 @@ class SlotPlanner:
 
     def plan(self, stage: StagePlan, state: LoaderState) -> tuple[list[Slot], LoaderState]:
         """All S slots of `state.next_step`, and the state after it."""
+        self._num_looked_up += self.num_slots
+        if self._num_looked_up >= _LOOK_UPS_TO_RELEASE:
+            self._num_looked_up = 0
+            for source in stage.allowed:
+                self.cache.table(source).release()
         picks, cursors = stage.mixture.plan(state.next_step, state.cursors)
         slots = [self._slot(stage, state.next_step, index, pick) for index, pick in enumerate(picks)]
         samples, tokens = dict(state.samples_seen), dict(state.tokens_seen)
