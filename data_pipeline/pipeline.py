@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from data_pipeline.latent_cache import NULL_PROMPT, index_path, read_manifest, write_manifest
+from data_pipeline.actor_memory import CALLS_PER_ACTOR
+from data_pipeline.latent_cache import MANIFEST, NULL_PROMPT, index_path, read_manifest, write_manifest
 from data_pipeline.manifest import read_index
 from data_pipeline.precompute_plan import (
     PrecomputePlan,
@@ -37,7 +38,7 @@ from data_pipeline.precompute_plan import (
 from data_pipeline.precompute_progress import BadLimit, DoneShards, collect
 from data_pipeline.precompute_report import require_enough, write_report
 from data_pipeline.ray_pool import ActorPool, run_on_ray
-from data_pipeline.shard_actor import ATTEMPTS, CALLS_PER_ACTOR, ShardActor
+from data_pipeline.shard_actor import ATTEMPTS, ShardActor
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import ConfigError
@@ -100,6 +101,9 @@ def run_precompute(
         pending = [task for task in tasks if task.name not in committed]
         logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
         _remove_leftovers(cache)
+        if existing is not None and any(task.name in existing["fragments"] for task in pending):
+            logger.info("%s: shards of the finished cache are done anew: it is unfinished until they are", cache)
+            storage.remove(storage.join(cache, MANIFEST))
         limit = BadLimit(plan.precompute.max_bad_fraction, len(tasks), committed.values())
         done = DoneShards(gave_up=limit.why_passed())
         if pending and not done.gave_up:
