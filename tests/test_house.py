@@ -34,7 +34,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"config", "storage", "errors"},
     "trainer": {"parallel", "batch", "config", "storage", "tensor_files", "lease", "retries", "errors", "stop_request"},
     "launch": {"config", "storage", "retries", "errors", "stop_request"},
-    "bench": {"model", "blocks", "parallel", "objective", "sampling", "batch", "config", "storage", "errors"},
+    "bench": {
+        "model",
+        "blocks",
+        "parallel",
+        "objective",
+        "sampling",
+        "data_pipeline",
+        "frozen",
+        "batch",
+        "config",
+        "storage",
+        "tensor_files",
+        "lease",
+        "errors",
+    },
     "data_pipeline": {"frozen", "batch", "config", "storage", "tensor_files", "lease", "errors"},
 }
 """Which rooms a room may import, itself left out. `jobs` may import all; nobody imports `jobs`."""
