@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from data_pipeline.actor_memory import CALLS_PER_ACTOR
 from data_pipeline.attempts import ATTEMPTS
 from data_pipeline.cache_census import with_counts
-from data_pipeline.cache_manifest import NULL_PROMPT, index_path, read_manifest
+from data_pipeline.cache_manifest import MANIFEST, NULL_PROMPT, index_path, read_manifest
 from data_pipeline.cache_writer import write_manifest
 from data_pipeline.clip_list import CURATION
 from data_pipeline.curation import DUPLICATES, SCORES, ListedShard, describe_settings
@@ -53,7 +54,7 @@ from data_pipeline.precompute_plan import (
 from data_pipeline.precompute_progress import BadLimit, DoneShards, collect
 from data_pipeline.precompute_report import require_enough, write_report
 from data_pipeline.ray_pool import ActorPool, run_on_ray
-from data_pipeline.shard_actor import CALLS_PER_ACTOR, ShardActor
+from data_pipeline.shard_actor import ShardActor
 from m4v_dist import storage
 from m4v_dist.batch import TextFeatures
 from m4v_dist.errors import ConfigError
@@ -128,11 +129,13 @@ def run_precompute(
         committed = _committed(cache, tasks)
         pending = [task for task in tasks if task.name not in committed]
         logger.info("%d shards: %d committed before, %d to do", len(tasks), len(committed), len(pending))
+        if existing is not None and any(task.name in existing["fragments"] for task in pending):
+            logger.info("%s: shards of the finished cache are done anew: it is unfinished until they are", cache)
+            for name in (MANIFEST, INDEX):
+                storage.remove(storage.join(cache, name))
         limit = _limit(plan, tasks, committed, listed)
         done = DoneShards(gave_up=limit.why_passed())
         if pending and not done.gave_up:
-            # derived, and merged anew at the end: until then no reader takes it for what is being done
-            storage.remove(storage.join(cache, INDEX))
             with _overtaken_first(cache, lease):
                 join_ray()
                 done = (run_shards or run_shards_on_ray)(plan, pending, lease, limit)

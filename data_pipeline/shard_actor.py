@@ -33,9 +33,6 @@ from m4v_dist.frozen.text_encoder import build_text_encoder
 from m4v_dist.frozen.video_vae import build_codec
 from m4v_dist.lease import Lease, require_held
 
-CALLS_PER_ACTOR = 2
-"""Shards that an actor is given at once: one is read while another is encoded, and encoded while that is committed."""
-
 
 @dataclass(frozen=True)
 class _Read:
@@ -82,7 +79,7 @@ class ShardActor:
     `__call__` is what Ray Data maps over batches of one: {"task": [JSON of a `ShardTask`]} to `name`, `outcome` (JSON
     of a `ShardOutcome`, empty where it failed), `error`, `exit_code` (0 where it did not), and `seconds`: JSON of what
     went where, `read_s`, `decode_s` (summed over the children), `encode_s`, `write_s`, and `wait_s`, for which the
-    encoder had nothing to do. `CALLS_PER_ACTOR` threads may call at once: one of them decodes and encodes.
+    encoder had nothing to do. `actor_memory.CALLS_PER_ACTOR` threads may call at once: one of them decodes and encodes.
 
     Args:
         plan: what to do.

@@ -3,6 +3,7 @@
 import logging
 import sys
 
+from data_pipeline.actor_memory import actor_memory
 from data_pipeline.manifest import list_shards
 from data_pipeline.pipeline import run_precompute
 from data_pipeline.plan_table import describe_plan
@@ -20,6 +21,8 @@ def precompute_latents(config: RunConfig, dry_run: bool) -> str:
     plan = PrecomputePlan(config.sources, config.precompute, config.codec, config.text_encoder, config.curation)
     if dry_run:
         logger.info("plan\n%s", describe_plan(plan))
+        at_most = config.precompute.media_mib_in_flight * 2**20
+        logger.info("memory, for media files of up to %d MiB: %s", at_most / 2**20, actor_memory(plan, at_most))
         return "dry run: the plan above can be done; nothing was written"
     # Before the probe, which makes the cache's folder: in a fresh clone the shards are what is missing.
     for source in config.sources:

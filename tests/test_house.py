@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "storage",
         "tensor_files",
+        "lease",
         "errors",
     },
     "data_pipeline": {"frozen", "batch", "config", "storage", "tensor_files", "lease", "errors"},

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow
 import torch
 
+from data_pipeline.cache_manifest import FORMAT_VERSION, NULL_PROMPT
 from data_pipeline.index_table import FRAGMENT_COLUMNS, write_index_of
-from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT, LatentCache
+from data_pipeline.latent_cache import LatentCache
 from data_pipeline.loader import LatentLoader
 from data_pipeline.mixture import Cursor
 from m4v_dist import storage, tensor_files

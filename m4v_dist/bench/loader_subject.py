@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from data_pipeline.cache_manifest import FORMAT_VERSION, NULL_PROMPT
 from data_pipeline.cache_writer import CacheShardWriter, write_manifest
-from data_pipeline.latent_cache import FORMAT_VERSION, NULL_PROMPT
 from data_pipeline.manifest import IndexRow
 from m4v_dist import storage, tensor_files
 from m4v_dist.batch import TextFeatures

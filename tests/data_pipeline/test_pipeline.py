@@ -450,7 +450,7 @@ def test_a_merged_index_that_is_gone_or_spoilt_is_merged_anew_by_a_rerun(shards:
     assert run_here(plan).did_nothing
 
 
-def test_while_shards_are_done_anew_no_merged_index_says_otherwise(shards: str, tmp_path: Path) -> None:
+def test_while_its_shards_are_done_anew_a_cache_is_unfinished(shards: str, tmp_path: Path) -> None:
     plan = make_plan(shards, tmp_path)
     run_here(plan)
     next((tmp_path / "index").iterdir()).unlink()
@@ -461,5 +461,5 @@ def test_while_shards_are_done_anew_no_merged_index_says_otherwise(shards: str, 
 
     with pytest.raises(KeyboardInterrupt):
         run_precompute(plan, nullcontext, die)
-    with pytest.raises(DataError, match="index fragment is missing"):
+    with pytest.raises(DataError, match="no finished latent cache"):
         LatentCache.open(str(tmp_path))
