@@ -94,4 +94,4 @@ def test_a_finished_cache_is_unfinished_while_a_shard_of_it_is_done_anew_and_not
     with pytest.raises(DataError, match="no finished latent cache"):
         LatentCache.open(cache)
     run_here(two.plan(cache))
-    assert [row.caption for row in LatentCache.open(cache).rows("clips")] == ["x", "blocks"]
+    assert [row.captions for row in LatentCache.open(cache).rows("clips")] == [("x",), ("blocks",)]
