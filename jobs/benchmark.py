@@ -6,6 +6,9 @@ ours, and parameters by part. Pure arithmetic: it runs no model and writes nothi
 attention: joint attention timed on the columns of the config's last curriculum stage, beside its slow twins; on a GPU
 with `launch.use_gpu=true`. Writes nothing.
 
+kernels: the scan timed at `benchmark.tokens` beside attention and mamba-ssm, each eagerly and as a replayed graph; on a
+GPU with `launch.use_gpu=true`. Writes nothing.
+
 scale: what 8 to 1,024 ranks send to one another in a step under each ZeRO stage, and to storage, of the config's last
 curriculum stage; sequence ranks too. Pure arithmetic on bandwidths of A100 machines, unmeasured.
 
@@ -49,6 +52,7 @@ from m4v_dist.bench.attention_times import attention_report, cases
 from m4v_dist.bench.flops_tables import flops_report
 from m4v_dist.bench.hardware import describe, where_measured
 from m4v_dist.bench.scale_tables import ModelSize, scale_report
+from m4v_dist.bench.scan_times import scan_forms, scan_report
 from m4v_dist.config.load import config_to_json
 from m4v_dist.config.model_settings import KernelSettings
 from m4v_dist.config.schema import RunConfig
@@ -59,7 +63,7 @@ from m4v_dist.trainer.metrics import read_rows
 
 logger = logging.getLogger(__name__)
 
-SUBJECTS = ("flops", "attention", "scale", "ablation", "training", "sequence")
+SUBJECTS = ("flops", "attention", "kernels", "scale", "ablation", "training", "sequence")
 
 
 def flops(config: RunConfig, dry_run: bool) -> str:
@@ -82,6 +86,22 @@ def attention(config: RunConfig, dry_run: bool) -> str:
         return f"would time joint attention on {describe(device)}: {names}; writes nothing"
     torch.set_num_threads(config.trainer.num_threads)
     sys.stdout.write(attention_report(config, device) + "\n\n")
+    return f"measured on {describe(device)}"
+
+
+def kernels(config: RunConfig, dry_run: bool) -> str:
+    """Time the scan beside its peers and print the table.
+
+    Raises:
+        ConfigError: a GPU is asked for and not there.
+    """
+    device = _device(use_gpu=config.launch.use_gpu)
+    if dry_run:
+        forms, left_out = scan_forms(config, device)
+        names = ", ".join(form.name for form in forms)
+        return f"would time {names} on {describe(device)}; left out: {'; '.join(left_out) or 'none'}; writes nothing"
+    torch.set_num_threads(config.trainer.num_threads)
+    sys.stdout.write(scan_report(config, device) + "\n\n")
     return f"measured on {describe(device)}"
 
 
@@ -214,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return cli.main("benchmark flops", flops, "Print FLOPs and parameters.", rest, writes=False)
         case "attention":
             return cli.main("benchmark attention", attention, "Time joint attention.", rest, writes=False)
+        case "kernels":
+            return cli.main("benchmark kernels", kernels, "Time the scan beside its peers.", rest, writes=False)
         case "scale":
             return cli.main("benchmark scale", scale, "Print traffic on many ranks.", rest, writes=False)
         case "ablation":

@@ -15,6 +15,10 @@ from m4v_dist import storage, tensor_files
 # The tensors here are small: more threads only wait for one another, above all where two cores are shared.
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    # Read when triton is first imported: our kernels then run in its interpreter, on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

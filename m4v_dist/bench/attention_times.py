@@ -3,8 +3,6 @@
 Legend: `l` tokens of all columns, `n` heads, `p` head width.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,12 +13,12 @@ from torch import Tensor
 from m4v_dist.bench.flops_tables import LATENT_STRIDE, column_of
 from m4v_dist.bench.hardware import describe
 from m4v_dist.bench.markdown import table
+from m4v_dist.bench.stopwatch import NUM_TIMED, NUM_WARM_UP, median_ms, peak_bytes
 from m4v_dist.blocks.attention import joint_attention, prefix_joint_attention
 from m4v_dist.blocks.flex_attention import key_runs, padded_length
 from m4v_dist.blocks.layout import ColumnShape, PackedLayout
 from m4v_dist.config.schema import RunConfig
 
-NUM_WARM_UP, NUM_TIMED = 3, 7
 MAX_DENSE_TOKENS = 45_000
 """The dense mask takes a byte a pair of tokens; past this it is left out, and said to be."""
 
@@ -115,33 +113,7 @@ def _time(forward: Callable[[], Tensor], streams: Streams, device: torch.device)
         torch.autograd.grad(out, inputs, torch.ones_like(out))
 
     both()
-    before = _peak(device, reset=True)
-    times = [_median_ms(call, device) for call in (only_forward, both)]
-    peak = f", {(_peak(device) - before) / 2**30:.2f}" if device.type == "cuda" else ""
+    before = peak_bytes(device, reset=True)
+    times = [median_ms(call, device) for call in (only_forward, both)]
+    peak = f", {(peak_bytes(device) - before) / 2**30:.2f}" if device.type == "cuda" else ""
     return " / ".join(f"{value:.3g}" for value in times) + peak
-
-
-def _median_ms(call: Callable[[], None], device: torch.device) -> float:
-    def once() -> float:
-        _wait(device)
-        started = time.perf_counter()
-        call()
-        _wait(device)
-        return (time.perf_counter() - started) * 1e3
-
-    return statistics.median([once() for _ in range(NUM_WARM_UP + NUM_TIMED)][NUM_WARM_UP:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peak(device: torch.device, *, reset: bool = False) -> int:
-    """Bytes: the peak so far, or what is held now after the peak was reset; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    if reset:
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    return torch.cuda.max_memory_allocated(device)

@@ -15,24 +15,34 @@ of the tail.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m4v_dist.kernels.backend import Backend
 from m4v_dist.kernels.conv1d import causal_conv1d
 from m4v_dist.kernels.entering_state import channel_response, head_response
-from m4v_dist.kernels.scan import Backend, ssd_scan
+from m4v_dist.kernels.scan import ssd_scan
 from m4v_dist.kernels.selective_scan import selective_scan
 from m4v_dist.parallel.sequence import Handover, hand_state, hand_tail, tie
 
 
 def cut_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, *, cu_seqlens: Tensor | None, handover: Handover | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    handover: Handover | None,
+    has_silu: bool = False,
+    backend: Backend = "reference_chunked",
 ) -> Tensor:
     """`conv1d.causal_conv1d`, reading over the cut in front of this rank's first segment."""
+    options: dict[str, Any] = {"has_silu": has_silu, "backend": backend}
     if handover is None or not handover.is_cut:
-        return x if x.shape[1] == 0 else causal_conv1d(x, weight, bias, cu_seqlens=cu_seqlens)
+        return x if x.shape[1] == 0 else causal_conv1d(x, weight, bias, cu_seqlens=cu_seqlens, **options)
     tail = hand_tail(x[0], weight.shape[1] - 1, handover)
     joined = torch.cat([tail[None], x], dim=1)  # 1 t+l d
     if x.shape[1] == 0:
@@ -40,7 +50,7 @@ def cut_conv1d(
     assert cu_seqlens is not None, "a sequence that is cut is packed"
     num_tail = tail.shape[0]
     starts = F.pad(cu_seqlens[1:] + num_tail, (1, 0))
-    return causal_conv1d(joined, weight, bias, cu_seqlens=starts)[:, num_tail:]
+    return causal_conv1d(joined, weight, bias, cu_seqlens=starts, **options)[:, num_tail:]
 
 
 def cut_ssd_scan(

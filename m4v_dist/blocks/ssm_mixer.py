@@ -52,6 +52,7 @@ class SsmMixer(nn.Module):
 
     has_biases = False
     has_out_proj = True
+    has_silu = True
 
     def __init__(self, width: int, settings: SsmSettings, kernels: KernelSettings) -> None:
         super().__init__()
@@ -150,7 +151,10 @@ class SsmMixer(nn.Module):
         return y, z
 
     def _convolve(self, xBC: Tensor, cu_seqlens: Tensor | None, handover: Handover | None = None) -> Tensor:
-        return F.silu(cut_conv1d(xBC, self.conv_weight, self.conv_bias, cu_seqlens=cu_seqlens, handover=handover))
+        return cut_conv1d(
+            xBC, self.conv_weight, self.conv_bias, cu_seqlens=cu_seqlens, handover=handover,
+            has_silu=self.has_silu, backend=self.backend,
+        )  # fmt: skip
 
     def _normed_keys(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         return B, C
@@ -176,6 +180,7 @@ class MilMixer(SsmMixer):
 
     has_biases = True
     has_out_proj = False
+    has_silu = False
 
     def __init__(self, width: int, settings: SsmSettings, kernels: KernelSettings) -> None:
         super().__init__(width, settings, kernels)
@@ -188,9 +193,6 @@ class MilMixer(SsmMixer):
         with torch.no_grad():
             self.conv_weight.zero_()
             self.conv_weight[:, -1] = 1
-
-    def _convolve(self, xBC: Tensor, cu_seqlens: Tensor | None, handover: Handover | None = None) -> Tensor:
-        return cut_conv1d(xBC, self.conv_weight, self.conv_bias, cu_seqlens=cu_seqlens, handover=handover)
 
     def _normed_keys(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         # After the convolution, so that keys and queries keep their size whatever it learns.

@@ -136,6 +136,11 @@ class BenchmarkSettings(Settings):
     is_saving: bool = Field(
         default=False, description="training: save once after the warm-up and go on until it is committed."
     )
+    tokens: tuple[PositiveInt, ...] = Field(
+        default=(1024, 2048, 4096, 8192, 16384, 32768, 75600, 119040),
+        min_length=1,
+        description="kernels: lengths of the sequences that are timed.",
+    )
     num_seeds: PositiveInt = Field(default=1, description="Runs of each row, with run.seed and the seeds after it.")
     rows: tuple[Ablation, ...] = Field(
         default=(

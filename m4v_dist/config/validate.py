@@ -41,6 +41,11 @@ def validate(config: RunConfig) -> None:
             'trainer.compile="blocks" hides the linears from model.recompute="selective", which would keep nothing of '
             'them; set model.recompute="blocks", or trainer.compile="none".'
         )
+    if config.kernels.backend in ("triton", "mamba_ssm") and not config.launch.use_gpu:
+        raise ConfigError(
+            f'kernels.backend="{config.kernels.backend}" runs on GPUs, but launch.use_gpu=false; set it to true, or '
+            'kernels.backend="reference_chunked".'
+        )
     train_names = {source.name for source in config.train_sources}
     cached = set(config.precompute.buckets)
     for source in config.sources:

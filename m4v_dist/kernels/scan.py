@@ -11,44 +11,11 @@ Source: Mamba-2 (Dao & Gu 2024), section 6; state-spaces/mamba at e9594ce for th
 Legend: `b` batch, `l` tokens, `h` heads, `p` head width, `g` groups, `n` state size, `s` segments.
 """
 
-import importlib.util
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-Backend = Literal["reference", "reference_chunked", "triton", "mamba_ssm"]
-
-
-class BackendUnavailable(ValueError):
-    """A scan backend was asked for by name and cannot run here; the message says why and what to set."""
-
-
-def require_backend(backend: str) -> None:
-    """Check that `backend` can run, without running it: call it before the first step, not in the middle of one.
-
-    Raises:
-        BackendUnavailable: unknown name, or a backend that this version or machine does not have.
-    """
-    match backend:
-        case "reference" | "reference_chunked":
-            return
-        case "triton" | "mamba_ssm":
-            module = f"m4v_dist.kernels.scan_{backend}"
-            if importlib.util.find_spec(module) is None:
-                raise BackendUnavailable(
-                    f'kernels.backend="{backend}" was asked for, but its kernel is not written yet. '
-                    'Set kernels.backend="reference_chunked" (plain torch, CPU and GPU).'
-                )
-            if importlib.util.find_spec(backend) is None:
-                raise BackendUnavailable(
-                    f'kernels.backend="{backend}" was asked for, but the package {backend} is not installed. '
-                    'Install it, or set kernels.backend="reference_chunked".'
-                )
-        case _:
-            raise BackendUnavailable(
-                f"kernels.backend={backend!r} is unknown; choose one of {', '.join(get_args(Backend))}."
-            )
+from m4v_dist.kernels.backend import Backend, require_backend
+from m4v_dist.kernels.segments import check_cu_seqlens
 
 
 @torch.compiler.disable
@@ -107,7 +74,19 @@ def ssd_scan(
             x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
             initial_state=initial_state, chunk_size=chunk_size,
         )  # fmt: skip
-    raise BackendUnavailable(f'kernels.backend="{backend}" has a file but no entry in ssd_scan; add it there.')
+    if backend == "triton":
+        from m4v_dist.kernels.scan_triton import ssd_scan_triton
+
+        return ssd_scan_triton(
+            x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
+            initial_state=initial_state, chunk_size=chunk_size,
+        )  # fmt: skip
+    from m4v_dist.kernels.scan_mamba_ssm import ssd_scan_mamba_ssm
+
+    return ssd_scan_mamba_ssm(
+        x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, cu_seqlens=cu_seqlens,
+        initial_state=initial_state, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 def _check(
@@ -152,22 +131,3 @@ def _check(
             )
     if cu_seqlens is not None:
         check_cu_seqlens("ssd_scan", cu_seqlens, b, l)
-
-
-def check_cu_seqlens(caller: str, cu_seqlens: Tensor, b: int, l: int) -> None:
-    """Refuse segment starts that do not fit a packed sequence of `l` tokens; values only where they are on the CPU.
-
-    Raises:
-        ValueError: batch other than 1, wrong shape, or values that do not rise from 0 to `l`.
-    """
-    if b != 1:
-        raise ValueError(f"{caller}: cu_seqlens packs segments along l, so b must be 1, but is {b}; pack the batch.")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"{caller}: cu_seqlens must be int32 of shape (segments + 1,), but is {cu_seqlens.dtype} of shape "
-            f"{tuple(cu_seqlens.shape)}."
-        )
-    if cu_seqlens.device.type == "cpu":
-        values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != l or any(a >= b for a, b in zip(values, values[1:], strict=False)):
-            raise ValueError(f"{caller}: cu_seqlens must rise from 0 to l={l} with no empty segment, but is {values}.")

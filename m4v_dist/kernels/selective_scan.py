@@ -16,7 +16,8 @@ Legend: `b` batch, `l` tokens, `d` channels, `n` state size, `s` segments.
 import torch
 from torch import Tensor
 
-from m4v_dist.kernels.scan import Backend, BackendUnavailable, check_cu_seqlens, require_backend
+from m4v_dist.kernels.backend import Backend, BackendUnavailable, require_backend
+from m4v_dist.kernels.segments import check_cu_seqlens
 
 
 def require_selective_backend(backend: str) -> None:

@@ -13,7 +13,7 @@ from m4v_dist.batch import TextFeatures, derive_seed
 from m4v_dist.blocks.lora import add_adapters
 from m4v_dist.config.model_settings import KernelSettings, ModelSettings
 from m4v_dist.errors import ConfigError
-from m4v_dist.kernels.scan import BackendUnavailable, require_backend
+from m4v_dist.kernels.backend import BackendUnavailable, require_backend
 from m4v_dist.kernels.selective_scan import require_selective_backend
 from m4v_dist.model.pyramid import PyramidModel
 from m4v_dist.parallel.mesh import ALONE, SequenceGroup

@@ -18,6 +18,11 @@ NAMES = {
     "dt_bias": "dt_bias", "D": "D", "norm.weight": "norm_weight", "out_proj.weight": "out_proj.weight",
 }  # fmt: skip
 
+INTERPRETED = pytest.param(
+    "triton",
+    marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there Triton compiles, and wants a GPU's tensors"),
+)
+
 
 def _ours(name: str, tensor: Tensor) -> Tensor:
     return tensor.squeeze(1) if name == "conv1d.weight" else tensor
@@ -38,7 +43,7 @@ def _rel(actual: Tensor, expected: Tensor) -> float:
     return float(((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).detach())
 
 
-@pytest.mark.parametrize("backend", ["reference", "reference_chunked"])
+@pytest.mark.parametrize("backend", ["reference", "reference_chunked", INTERPRETED])
 @pytest.mark.parametrize("case", ["ssd_block_mamba2_simple", "ssd_block_mamba2"])
 def test_mixer_equals_mamba_block_in_outputs_and_all_gradients(case: str, backend: str) -> None:
     description, tensors = load_golden(case)

@@ -108,6 +108,16 @@ def test_groups_of_ranks_are_refused_in_an_elastic_run(
         parse_config(values, "run.toml")
 
 
+@pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
+def test_kernels_for_gpus_are_refused_where_training_runs_on_cpus(backend: str) -> None:
+    values = run_values()
+    values["kernels"] = {"backend": backend}
+    with pytest.raises(ConfigError, match=f'kernels.backend="{backend}" runs on GPUs, but launch.use_gpu=false'):
+        parse_config(values, "run.toml")
+    values["launch"] = {**values.get("launch", {}), "use_gpu": True}
+    assert parse_config(values, "run.toml").kernels.backend == backend
+
+
 def test_a_model_without_attention_may_have_any_number_of_sequence_ranks() -> None:
     values = run_values()
     values["launch"] = {"num_workers": 4, "sequence_parallel": 4}

@@ -227,6 +227,16 @@ def test_attention_is_timed_beside_its_twins_and_writes_nothing(capfd: pytest.Ca
     assert lines[-1].startswith("benchmark attention: measured on CPU")
 
 
+def test_the_scan_is_timed_beside_attention_and_what_cannot_run_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["kernels", "--config", DEMO, "run.folder=/proc/none", "benchmark.tokens=[64]"]
+    assert benchmark.main(argv) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[2].count("|") == 5 and "scan (plain torch)" in lines[2] and "SDPA" in lines[2]
+    assert lines[4].startswith("| 64 ") and lines[4].count(" / ") == 2
+    assert "triton runs on a GPU only" in lines[6]
+    assert lines[-1].startswith("benchmark kernels: measured on CPU")
+
+
 def test_attention_on_a_gpu_that_is_not_there_is_exit_2(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m4v_dist.kernels.scan import Backend, BackendUnavailable
+from m4v_dist.kernels.backend import Backend, BackendUnavailable
 from m4v_dist.kernels.selective_scan import require_selective_backend, selective_scan
 from tests.conftest import load_golden
 

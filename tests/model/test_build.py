@@ -84,11 +84,11 @@ def test_full_size_models_have_the_parameters_worked_out_for_them(variant: str, 
 
 
 def test_a_backend_that_cannot_run_is_refused_before_the_model_is_built() -> None:
-    with pytest.raises(ConfigError, match='kernels.backend="triton"'):
-        build_on_meta(ModelSettings(), KernelSettings(backend="triton"))
-    with pytest.raises(ConfigError, match='kernels.backend="triton"'):
-        build_on_meta(ModelSettings(mixer="interleaved"), KernelSettings(backend="triton"))
-    build_on_meta(ModelSettings(mixer="attention"), KernelSettings(backend="triton"))
+    with pytest.raises(ConfigError, match='kernels.backend="mamba_ssm"'):
+        build_on_meta(ModelSettings(), KernelSettings(backend="mamba_ssm"))
+    with pytest.raises(ConfigError, match='kernels.backend="mamba_ssm"'):
+        build_on_meta(ModelSettings(mixer="interleaved"), KernelSettings(backend="mamba_ssm"))
+    build_on_meta(ModelSettings(mixer="attention"), KernelSettings(backend="mamba_ssm"))
 
 
 def test_parts_hold_each_parameter_once_and_get_memory_one_after_the_other() -> None:
