@@ -17,8 +17,7 @@ Legend: `c` channels, `t` latents in time, `h` `w` latent grid.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,20 +27,18 @@ from torch import Tensor
 from data_pipeline.cache_record import CacheRecord, CorruptRecordError
 from data_pipeline.host_files import SharedReads
 from data_pipeline.loader_state import LoaderState, require_fields, require_order
-from data_pipeline.mixture import ORDER_VERSION, num_micro_batches, spread_slots
+from data_pipeline.mixture import ORDER_VERSION
 from data_pipeline.prefetcher import Prefetcher
 from data_pipeline.record_bytes import RecordBytes
 from data_pipeline.record_reader import RecordReader
 from data_pipeline.slot_plan import SlotPlanner, StagePlan
+from data_pipeline.step_reads import Place, StepInFlight, StepReads, place_of
 from m4v_dist.batch import LatentBatch, Slot, TextFeatures
 from m4v_dist.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 _RESERVE_TRIES = 16
-
-Place = tuple[str, int]
-"""A source, and the position of a record in its table."""
 
 
 @dataclass(frozen=True)
@@ -57,29 +54,6 @@ class StepBatch:
     step: int
     micro_batches: tuple[LatentBatch, ...]
     token_imbalance: float
-
-
-@dataclass(frozen=True)
-class _StepInFlight:
-    """A step whose reads are under way.
-
-    Args:
-        step: its number.
-        micro_batches: this rank's slots, fillers at the end.
-        num_fillers: of each micro-batch.
-        reads: of the records that they take, each once.
-        shared: those of them that other ranks take too.
-        token_imbalance: see `StepBatch`.
-        after: the state after the step.
-    """
-
-    step: int
-    micro_batches: tuple[tuple[Slot, ...], ...]
-    num_fillers: tuple[int, ...]
-    reads: Mapping[Place, "Future[RecordBytes]"]
-    shared: frozenset[Place]
-    token_imbalance: float
-    after: LoaderState
 
 
 class LatentLoader:
@@ -122,7 +96,10 @@ class LatentLoader:
         self._world_size = world_size
         self._prefetch_steps = prefetch_steps
         self._records = RecordReader(planner.cache, reads_in_flight, shared)
-        self._is_sharing, self._has_twins = shared is not None, has_twins
+        self._reads = StepReads(
+            planner, self._records, rank=rank, world_size=world_size, is_sharing=shared is not None,
+            has_twins=has_twins,
+        )  # fmt: skip
         self._pin_memory = pin_memory
         self._held_out_slots = held_out_slots
         self._max_bad_fraction = max_bad_fraction
@@ -281,7 +258,7 @@ class LatentLoader:
             ) from error
 
     def _held_out_item(self, slot: Slot) -> tuple[Slot, CacheRecord]:
-        return slot, self._records.take(self._records.read(*_place(slot)), slot.caption)
+        return slot, self._records.take(self._records.read(*place_of(slot)), slot.caption)
 
     def plan_ahead(self, num_steps: int) -> list[list[Slot]]:
         """The slots of the next steps on all ranks, as they will be handed out; nothing is read, and no state moves."""
@@ -295,51 +272,15 @@ class LatentLoader:
     # ---- reading
 
     def _prepare(self, stage: StagePlan, state: LoaderState) -> Iterator[tuple[StepBatch, LoaderState]]:
-        ahead: deque[_StepInFlight] = deque()
+        ahead: deque[StepInFlight] = deque()
         while True:
             while len(ahead) <= self._prefetch_steps:
-                ahead.append(self._begin(stage, state))
+                ahead.append(self._reads.begin(stage, state, self._bad))
                 state = ahead[-1].after
             step = ahead.popleft()
             yield self._finish(stage, step), step.after
 
-    def _begin(self, stage: StagePlan, state: LoaderState) -> _StepInFlight:
-        """Plan a step and begin its reads."""
-        slots, after = self._planner.plan(stage, state)
-        num_micro = num_micro_batches(len(slots), self._world_size, stage.settings.micro_batch_slots)
-        spread = spread_slots([slot.num_tokens for slot in slots], self._world_size, num_micro)
-        size = -(-len(slots) // (self._world_size * num_micro))
-        filler = min(slots, key=lambda slot: (slot.num_tokens, slot.index))
-        mine = spread[self._rank]
-        loads = [_num_tokens(slots, micro, size, filler) for micro in spread]
-        micro_batches = tuple(
-            (*(slots[index] for index in members), *[filler] * (size - len(members))) for members in mine
-        )
-        wanted = dict.fromkeys(_place(slot) for members in micro_batches for slot in members)
-        shared = self._shared_places(slots, spread, filler)
-        reads = {
-            place: self._records.start(*place, is_shared=place in shared) for place in wanted if place not in self._bad
-        }
-        self._records.count_saved(size * num_micro - len(wanted))
-        return _StepInFlight(
-            state.next_step, micro_batches, tuple(size - len(members) for members in mine), reads, shared,
-            max(loads) * len(loads) / sum(loads) - 1.0, after,
-        )  # fmt: skip
-
-    def _shared_places(self, slots: Sequence[Slot], spread: list[list[list[int]]], filler: Slot) -> frozenset[Place]:
-        """The records of a step that more than one rank takes."""
-        if not self._is_sharing:
-            return frozenset()
-        if self._has_twins:
-            return frozenset(_place(slot) for slot in slots)
-        ranks: dict[Place, set[int]] = {}
-        for rank, micro_batches in enumerate(spread):
-            for members in micro_batches:
-                for index in members:
-                    ranks.setdefault(_place(slots[index]), set()).add(rank)
-        return frozenset(place for place, takers in ranks.items() if len(takers) > 1 or place == _place(filler))
-
-    def _finish(self, stage: StagePlan, step: _StepInFlight) -> StepBatch:
+    def _finish(self, stage: StagePlan, step: StepInFlight) -> StepBatch:
         read: dict[Place, RecordBytes] = {}
         batches = []
         for members, num_fillers in zip(step.micro_batches, step.num_fillers, strict=True):
@@ -348,10 +289,10 @@ class LatentLoader:
         return StepBatch(step.step, tuple(batches), step.token_imbalance)
 
     def _take(
-        self, stage: StagePlan, step: _StepInFlight, slot: Slot, read: dict[Place, RecordBytes]
+        self, stage: StagePlan, step: StepInFlight, slot: Slot, read: dict[Place, RecordBytes]
     ) -> tuple[Slot, CacheRecord]:
         """The slot's record, or one of the reserve where that is damaged."""
-        place = _place(slot)
+        place = place_of(slot)
         self._num_slots_read += 1
         for attempt in range(_RESERVE_TRIES):
             if place not in read and place not in self._bad:
@@ -372,7 +313,7 @@ class LatentLoader:
             "damaged; precompute the source again."
         )
 
-    def _read(self, place: Place, step: _StepInFlight) -> RecordBytes:
+    def _read(self, place: Place, step: StepInFlight) -> RecordBytes:
         begun = step.reads.get(place)
         if begun is not None:
             return begun.result()
@@ -407,15 +348,3 @@ class LatentLoader:
         if not self._pin_memory:
             return tensor.contiguous()
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-
-
-def _place(slot: Slot) -> Place:
-    return slot.source, slot.record
-
-
-def _num_tokens(slots: Sequence[Slot], micro_batches: Sequence[Sequence[int]], size: int, filler: Slot) -> int:
-    """Tokens of a rank's step."""
-    num_fillers = sum(size - len(members) for members in micro_batches)
-    return (
-        sum(slots[index].num_tokens for members in micro_batches for index in members) + num_fillers * filler.num_tokens
-    )

@@ -19,8 +19,8 @@ from m4v_dist.config.data_settings import BucketSettings, SourceSettings
 from m4v_dist.config.training_settings import CurriculumStageSettings, ObjectiveSettings
 from m4v_dist.errors import ConfigError, DataError
 
-_LOOK_UPS_TO_RELEASE = 1024
-"""Records of an index after whose look-up its pages are let go of: half a gigabyte of them at most."""
+_LOOK_UPS_TO_RELEASE = 256
+"""Records of an index after whose look-up its pages are let go of: some 64 KiB for each column of each of them."""
 ChooseUnit = Callable[[int, int, int, int, int, int], int]
 """`objective.history.choose_unit(num_units, group_size, member, turn, pyramid_stage, num_pyramid_stages)`."""
 NumSegmentTokens = Callable[[int, int, int, tuple[int, int], int], int]
