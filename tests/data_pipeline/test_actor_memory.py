@@ -73,7 +73,9 @@ def test_a_shard_many_times_the_bound_is_streamed(tmp_path: Path) -> None:
     data = _padded(0)
     for number, count in enumerate((3, NUM_CLIPS)):
         (path,) = write_shards(
-            (RawClip(f"{number}-{n}", "mp4", data, (Caption("x"),)) for n in range(count)), f"{tmp_path}/one-%d.tar", 999
+            (RawClip(f"{number}-{n}", "mp4", data, (Caption("x"),)) for n in range(count)),
+            f"{tmp_path}/one-%d.tar",
+            999,
         )
         (tmp_path / "raw").mkdir(exist_ok=True)
         Path(path).rename(tmp_path / "raw" / f"{number:03d}.tar")
