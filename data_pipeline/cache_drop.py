@@ -6,7 +6,7 @@ nothing, a rerun of the precompute finds its shards committed, and a shard that 
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def plan_drop(cache: str, names: Sequence[RecordName]) -> DropPlan:
     return DropPlan(cache, manifest, changed, len(wanted) - len(found))
 
 
-def drop_records(plan: DropPlan, when: str) -> None:
+def drop_records(plan: DropPlan, when: str, require_held: Callable[[], None] = lambda: None) -> None:
     """Take the records out of their index fragments, each written at once, then bring manifest and report up to date.
 
     Killed half-way, a part of the list is dropped; the same list drops the rest.
@@ -85,14 +85,18 @@ def drop_records(plan: DropPlan, when: str) -> None:
     Args:
         plan: of `plan_drop`, made just before.
         when: the time to note down, ISO 8601.
+        require_held: asked before anything is written; raises where another job has the cache now.
     """
     manifest = plan.manifest
+    require_held()
     if plan.fragments:
         # derived, and merged anew below: until then readers take the fragments themselves
         storage.remove(storage.join(plan.cache, INDEX))
     for fragment, names in plan.fragments.items():
+        require_held()
         _drop_from(index_path(plan.cache, fragment), {name.key for name in names}, when)
     counted = with_counts(manifest, (read_index(path) for path in fragment_paths(plan.cache, manifest).values()))
+    require_held()
     if counted != manifest or not is_index_sound(plan.cache, manifest):
         index = write_merged_index(plan.cache, fragment_paths(plan.cache, manifest))
         storage.write_json(storage.join(plan.cache, MANIFEST), {**counted, "index": index})

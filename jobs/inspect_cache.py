@@ -40,6 +40,7 @@ from m4v_dist.errors import ConfigError, DataError
 from m4v_dist.frozen.contact_sheet import Strip, contact_sheet, make_strip
 from m4v_dist.frozen.video_file import encode_mp4, encode_png
 from m4v_dist.frozen.video_vae import Codec, build_codec, frames_to_uint8
+from m4v_dist.lease import hold, require_held
 from m4v_dist.report.plots import Bars, font_file, histograms_file
 
 logger = logging.getLogger(__name__)
@@ -63,10 +64,18 @@ def table(config: RunConfig, dry_run: bool) -> str:
          f"{count.seconds:,.1f}", f"{count.captions:,}", f"{count.tokens:,}", f"{count.size_bytes / 2**20:,.1f}")
         for (source, height, width), count in counts.items()
     ]  # fmt: skip
-    sys.stdout.write(markdown_table(heads, rows) + "\n\n")
+    sys.stdout.write(markdown_table(heads, rows) + "\n\n" + _decoded_by(cache))
     total = sum(count.records for count in counts.values())
     dropped = sum(source.get("dropped", 0) for source in cache.manifest["sources"].values())
     return f"{total:,} records of {len({source for source, _, _ in counts})} sources in {cache.path}, {dropped} dropped"
+
+
+def _decoded_by(cache: LatentCache) -> str:
+    """How many clips each decoder gave, as the precompute's report has it; empty without one."""
+    path = storage.join(cache.path, "report.json")
+    decoders = storage.read_json(path).get("decoders", {}) if storage.exists(path) else {}
+    shown = [f"{name} {count:,}" for name, count in sorted(decoders.items())]
+    return f"kept by decoder, dropped ones too: {', '.join(shown)}\n\n" if shown else ""
 
 
 def histograms(config: RunConfig, dry_run: bool) -> str:
@@ -216,22 +225,26 @@ def drop(config: RunConfig, dry_run: bool) -> str:
     """Take listed records out of the cache's index.
 
     Raises:
-        ConfigError: no list is named.
+        ConfigError: no list is named, or a precompute is at work on the cache.
         DataError: no cache, or a list with records that it never held.
     """
     if config.inspect.drop_list is None:
         raise ConfigError("inspect.drop_list is not set; name a file with one source/key a line.")
-    plan = plan_drop(config.precompute.cache, read_record_list(config.inspect.drop_list))
+    cache, names = config.precompute.cache, read_record_list(config.inspect.drop_list)
+    plan = plan_drop(cache, names)
     what = f"{plan.num_records} records of {len(plan.fragments)} shards"
     before = f"; {plan.num_before} were dropped before" if plan.num_before else ""
     if dry_run:
-        return f"dry run: would drop {what} from {plan.cache}{before}"
-    drop_records(plan, datetime.now(UTC).isoformat(timespec="seconds"))
+        return f"dry run: would drop {what} from {cache}{before}"
+    with hold(cache, config.precompute.lease_timeout_s) as lease:
+        # once more: until the lease was claimed another job may have been at work
+        plan = plan_drop(cache, names)
+        drop_records(plan, datetime.now(UTC).isoformat(timespec="seconds"), lambda: require_held(cache, lease))
     if not plan.num_records:
-        return f"nothing to do: no record of the list stands in {plan.cache}{before}"
+        return f"nothing to do: no record of the list stands in {cache}{before}"
     return (
-        f"dropped {what} from {plan.cache}{before}; runs in progress on it refuse to go on, since their checkpoints "
-        "hold the digest of the records"
+        f"dropped {what} from {cache}{before}; runs in progress on it refuse to go on, since their checkpoints hold "
+        "the digest of the records"
     )
 
 

@@ -16,6 +16,7 @@ from data_pipeline.precompute_plan import PrecomputePlan
 from jobs import inspect_cache
 from m4v_dist.config.load import load_config
 from m4v_dist.frozen.video_file import decode_image, encode_mp4, encode_png, read_video
+from m4v_dist.lease import hold
 from tests.data_pipeline.made_cache import moving_blocks
 from tests.data_pipeline.run_here import run_here
 from tests.jobs.tiny_run import TOML
@@ -58,6 +59,7 @@ def test_the_table_has_a_row_for_each_source_and_bucket(folder: Path, capfd: pyt
     lines = capfd.readouterr().out.splitlines()
     assert [cell.strip() for cell in lines[2].split("|")[1:9]] == ["clips", "64x64", "3", "27", "6", "3.4", "4", "19"]
     assert [cell.strip() for cell in lines[3].split("|")[1:8]] == ["unseen", "64x64", "1", "1", "1", "0.0", "1"]
+    assert "kept by decoder, dropped ones too: decord 3, pillow 1" in lines
     assert "4 records of 2 sources" in lines[-1] and not (folder / "run").exists()
     assert run(folder, "table", 'inspect.from_sources=["stills"]') == 2
     assert "has no stills; it has clips, unseen" in capfd.readouterr().err
@@ -174,3 +176,14 @@ def test_the_subject_comes_first(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         inspect_cache.main(["--config", "x.toml", "verify"])
     assert "the subject comes first" in capfd.readouterr().err
+
+
+def test_a_drop_is_refused_while_another_job_is_at_work_on_the_cache(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "list.txt").write_text("clips/deep/c0\n")
+    with hold(str(folder / "cache"), 60.0):
+        assert run(folder, "drop", f"inspect.drop_list={folder}/list.txt") == 2
+    assert "RunInUseError" in capfd.readouterr().err.splitlines()[-1]
+    assert len(LatentCache.open(str(folder / "cache")).rows("clips")) == 3
+    assert run(folder, "drop", f"inspect.drop_list={folder}/list.txt") == 0
