@@ -16,7 +16,7 @@ Legend: `t` frames, `h` `w` pixels, `c` colours.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -244,8 +244,14 @@ def _trusted_decord_frames(data: bytes, facts: VideoFacts, size: tuple[int, int]
 def _pyav_frames(data: bytes, facts: VideoFacts, size: tuple[int, int], indices: np.ndarray) -> Frames:
     frames: Frames = np.empty((len(indices), *size, 3), np.uint8)
     wanted, places = np.unique(indices, return_inverse=True)
-    for place, picture in enumerate(stream_frames(data, facts, size, wanted.tolist())):
-        frames[places == place] = picture
+    try:
+        for place, picture in enumerate(stream_frames(data, facts, size, wanted.tolist())):
+            frames[places == place] = picture
+    except MediaError:
+        if not facts.keys:
+            raise
+        # some key frames are none to a decoder that starts there: only a pass from the beginning tells of damage
+        return _pyav_frames(data, replace(facts, keys=()), size, indices)
     return frames
 
 

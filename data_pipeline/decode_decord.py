@@ -25,7 +25,7 @@ from m4v_dist.frozen.video_stream import Turn, VideoFacts
 
 TRUSTED_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 TRUSTED_CODECS = frozenset({"h264", "hevc"})
-"""Whose size cannot change unseen: see `VideoFacts.keeps_parameters`."""
+"""Whose size cannot change unseen: see `VideoFacts.is_plain`."""
 KNOWN_CODECS = TRUSTED_CODECS | {"mpeg4", "vp8", "vp9", "mjpeg", "prores", "ffv1"}
 """Those that decord was seen to decode rightly."""
 _STDERR = 2
@@ -54,7 +54,7 @@ def why_not_decord(facts: VideoFacts) -> str | None:
 
 def is_trusted(facts: VideoFacts) -> bool:
     """Whether decord needs no second look: it should be right, and the size of frames cannot change unseen."""
-    return why_not_decord(facts) is None and facts.codec in TRUSTED_CODECS and facts.keeps_parameters
+    return why_not_decord(facts) is None and facts.codec in TRUSTED_CODECS and facts.is_plain
 
 
 def decord_frames(data: bytes, facts: VideoFacts, size: tuple[int, int], indices: np.ndarray) -> tuple[Frames, str]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from m4v_dist.frozen.container_checks import require_whole
-from m4v_dist.frozen.parameter_sets import keeps_its_parameters
+from m4v_dist.frozen.parameter_sets import is_plain_stream
 from m4v_dist.frozen.video_file import Frames, MediaError
 
 _MAX_FPS = 1000.0
@@ -30,6 +30,9 @@ _NUM_HELD = 20
 """Frames that a decoder may hold: 16 that later ones refer to, and a few on the way out."""
 _STORED_PIXEL_BYTES = 6
 """At most: 16 bits in three planes."""
+_WITH_UNITS = frozenset({"h264", "hevc"})
+"""Codecs whose key frames are looked at before anybody starts there; the other decoders tell."""
+_SEEKABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 _ONE = 1 << 16
 """1 in the fixed point numbers of a display matrix."""
 
@@ -80,8 +83,9 @@ class VideoFacts:
         num_outside_edit: packets that are decoded but not shown, because an edit list cuts them off.
         num_leading: packets that follow a key frame and are shown before it (an open group of pictures): whoever seeks
             to that key frame lacks what they refer to.
+        keys: numbers of the key frames at which decoding may start; empty where that was not seen to be right.
         num_video_streams: in the file, attached pictures too.
-        keeps_parameters: whether the size of its frames is known to be one; see `parameter_sets.py`.
+        is_plain: whether it is known that sizes cannot change and key frames are such; see `parameter_sets.py`.
     """
 
     container: str
@@ -98,8 +102,9 @@ class VideoFacts:
     num_frames_in_header: int
     num_outside_edit: int
     num_leading: int
+    keys: tuple[int, ...]
     num_video_streams: int
-    keeps_parameters: bool
+    is_plain: bool
 
     def times_s(self) -> np.ndarray:
         """When each frame is shown, from the first one's 0; float64."""
@@ -150,9 +155,11 @@ def probe_video(data: bytes, max_bytes: int | None = None) -> VideoFacts:
         if any(earlier == later for earlier, later in zip(stamps, stamps[1:], strict=False)):
             raise MediaError("two frames are to be shown at one time; the timestamps are damaged")
         fps, is_constant = _rate(stamps, stream)
+        codec, header = stream.codec_context.codec.canonical_name, bytes(stream.codec_context.extradata or b"")
+        is_plain = is_plain_stream(codec, header, _with_key_marks(container.format.name, stream, packets))
         return VideoFacts(
             container=container.format.name,
-            codec=stream.codec_context.codec.canonical_name,
+            codec=codec,
             stream=stream.index,
             size=turn.of_size((coded_size[0], max(1, round(coded_size[1] * ratio)))),
             coded_size=coded_size,
@@ -165,12 +172,9 @@ def probe_video(data: bytes, max_bytes: int | None = None) -> VideoFacts:
             num_frames_in_header=stream.frames,
             num_outside_edit=len(packets) - len(shown),
             num_leading=_num_leading(packets),
+            keys=_keys(container.format.name, packets, stamps) if is_plain or codec not in _WITH_UNITS else (),
             num_video_streams=len(container.streams.video),
-            keeps_parameters=keeps_its_parameters(
-                stream.codec_context.codec.canonical_name,
-                bytes(stream.codec_context.extradata or b""),
-                (bytes(packet) for packet in packets),
-            ),
+            is_plain=is_plain,
         )
 
 
@@ -193,7 +197,8 @@ def stream_frames(
         data: the file.
         facts: what `probe_video` said of it.
         size: (height, width) that upright frames are scaled to inside the decoder (bilinear, as decord does).
-        wanted: numbers of the frames to give, ascending, none twice; None is all. Nothing behind the last is decoded.
+        wanted: numbers of the frames to give, ascending, none twice; None is all. Decoding starts at the last key frame
+            before the first, where `facts.keys` has one, and nothing behind the last is decoded.
 
     Yields:
         pictures h w c, uint8.
@@ -206,7 +211,7 @@ def stream_frames(
     last = facts.num_frames - 1 if wanted is None else wanted[-1]
     asked = None if wanted is None else frozenset(wanted)
     height, width = facts.turn.of_size(size)
-    for number, frame in enumerate(_decoded(data, facts)):
+    for number, frame in _decoded(data, facts, 0 if wanted is None else wanted[0]):
         if asked is None or number in asked:
             if frame.interlaced_frame:
                 # swscale would scale its two fields apart, and keep the comb; decord's does not
@@ -239,16 +244,23 @@ def _progressive(frame: Any) -> Any:
     return graph.pull()
 
 
-def _decoded(data: bytes, facts: VideoFacts) -> Iterator[Any]:
-    """PyAV's frames, each held to the facts, and their number at the end."""
-    number = -1
+def _decoded(data: bytes, facts: VideoFacts, first: int = 0) -> Iterator[tuple[int, Any]]:
+    """PyAV's frames and their numbers, each held to the facts, from the last key frame before `first` on."""
+    start = max((key for key in facts.keys if key <= first), default=0)
+    number = start - 1
     with _opened(data) as (container, errors):
         stream = container.streams[facts.stream]
         _set_up(stream)
-        for number, frame in enumerate(container.decode(stream)):
+        if start:
+            container.seek(facts.stamps[start], stream=stream)
+        for number, frame in enumerate(container.decode(stream), start):
+            if number == start and start and frame.pts != facts.stamps[start]:
+                # the index led elsewhere: from the beginning, then
+                yield from _decoded(data, facts)
+                return
             errors.require_none(stream)
             _require_frame(frame, number, facts)
-            yield frame
+            yield number, frame
         errors.require_none(stream)
     if number + 1 < facts.num_frames:
         raise MediaError(f"{facts.num_frames} packets gave {number + 1} frames; the data are damaged or cut")
@@ -370,6 +382,22 @@ def _num_leading(packets: Sequence[Any]) -> int:
         elif key is not None and packet.pts is not None and packet.pts < key:
             found += 1
     return found
+
+
+def _with_key_marks(container: str, stream: Any, packets: Sequence[Any]) -> Iterator[tuple[bytes, bool]]:
+    """Packets' bytes, and whether mark or index calls them key frames: FFmpeg mends the mark, and older ones do not."""
+    marked = {entry.timestamp for entry in stream.index_entries if entry.is_keyframe}
+    for packet in packets:
+        stamp = packet.pts if container.startswith("matroska") else packet.dts
+        yield bytes(packet), packet.is_keyframe or stamp in marked
+
+
+def _keys(container: str, packets: Sequence[Any], stamps: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of the key frames where a decoder can start, in a container with an index and closed groups."""
+    if container not in _SEEKABLE or _num_leading(packets) or any(packet.is_discard for packet in packets):
+        return ()
+    numbers = {stamp: number for number, stamp in enumerate(stamps)}
+    return tuple(sorted(numbers[packet.pts] for packet in packets if packet.is_keyframe and packet.pts in numbers))
 
 
 def _width_of_pixel(ratio: Fraction | None) -> Fraction:

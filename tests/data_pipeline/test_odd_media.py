@@ -140,6 +140,23 @@ def test_odd_sizes_are_kept(pool: DecoderPool) -> None:
     assert clip.source_size == (97, 131) and clip.frames.shape == (9, 96, 128, 3)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_a_key_frame_that_is_none_leads_nobody_astray(pool: DecoderPool, codec: str) -> None:
+    """An index may name frames that a decoder cannot start at."""
+    frames = pictures(33)
+    media = make_video(Made("mp4", codec, options=(("g", "16"), ("bf", "0"), ("sc_threshold", "0"))), frames)
+    # version and flags, the number of entries, then frames counted from one: 1, 17, 33
+    at = media.index(b"stss") + 4 + 4 + 4 + 4
+    assert media[at : at + 4] == (17).to_bytes(4, "big")
+    lying = media[:at] + (12).to_bytes(4, "big") + media[at + 4 :]
+    for asked in ("auto", "pyav"):
+        rule = DecodeRule(RULE.buckets, 801, 1000.0, asked)
+        clip = pool.decode(lying, "mp4", (13, 12), rule=rule)
+        assert clip.decoder == "pyav"
+        rule = DecodeRule(RULE.buckets, 801, 1000.0, "pyav")
+        assert np.array_equal(clip.frames, pool.decode(media, "mp4", (13, 12), rule=rule).frames), (asked, clip.decoder)
+
+
 def test_a_variable_rate_is_taken_by_real_times(pool: DecoderPool) -> None:
     """Ten frames at 24 a second, then fifteen at 12: by their numbers the second half would play twice as fast."""
     stamps = [*range(10), *range(10, 40, 2)]
