@@ -6,7 +6,7 @@ Rules: frames from the start at the asked rate by their real times, cut to 8k+1;
 inside the decoder so that they cover the bucket of the nearest aspect ratio, then cropped at the centre. Slower clips
 keep their rate.
 
-Every video is probed first (`m4v_dist/frozen/video_stream.py`), and whoever decodes is held to that. "auto" takes
+Every video is probed first (`m4v_dist/frozen/video_facts.py`), and whoever decodes is held to that. "auto" takes
 decord for what it is trusted with, and PyAV, which reads front to back and checks each frame, for the rest and wherever
 decord fails, counts or times frames otherwise, or prints an error. Pictures and GIF go to Pillow.
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from data_pipeline.decode_decord import decord_frames, is_trusted, why_not_decord
 from data_pipeline.decode_torchcodec import torchcodec_frames
+from m4v_dist.frozen.video_facts import VideoFacts, probe_video, stored_bytes
 from m4v_dist.frozen.video_file import (
     Frames,
     MediaError,
@@ -31,7 +32,7 @@ from m4v_dist.frozen.video_file import (
     decode_image,
     resize_cover,
 )
-from m4v_dist.frozen.video_stream import VideoFacts, check_stream, probe_video, stored_bytes, stream_frames
+from m4v_dist.frozen.video_stream import check_stream, stream_frames
 
 VIDEO_KINDS = frozenset(
     {"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif", "mpg", "mpeg", "ts", "m2ts", "wmv", "flv", "ogv"}

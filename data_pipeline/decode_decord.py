@@ -20,8 +20,8 @@ from types import ModuleType
 import numpy as np
 
 from m4v_dist.errors import ConfigError
+from m4v_dist.frozen.video_facts import Turn, VideoFacts
 from m4v_dist.frozen.video_file import Frames, MediaError
-from m4v_dist.frozen.video_stream import Turn, VideoFacts
 
 TRUSTED_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 TRUSTED_CODECS = frozenset({"h264", "hevc"})

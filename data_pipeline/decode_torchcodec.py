@@ -8,8 +8,8 @@ Legend: `t` frames, `h` `w` pixels, `c` colours.
 import numpy as np
 
 from m4v_dist.errors import ConfigError
+from m4v_dist.frozen.video_facts import VideoFacts
 from m4v_dist.frozen.video_file import Frames, MediaError
-from m4v_dist.frozen.video_stream import VideoFacts
 
 _STAMP_TOLERANCE_S = 1e-3
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.decode import VIDEO_KINDS, DecodeError, decode_frames, printable
+from m4v_dist.frozen.video_facts import probe_video
 from m4v_dist.frozen.video_file import Frames, MediaError, decode_animation, resize_cover
-from m4v_dist.frozen.video_stream import probe_video, stream_frames
+from m4v_dist.frozen.video_stream import stream_frames
 
 
 @dataclass(frozen=True)

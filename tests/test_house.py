@@ -93,7 +93,12 @@ DOORS: dict[str, set[str]] = {
     "torchcodec": {"data_pipeline/decode_torchcodec.py", "m4v_dist/bench/decode_times.py"},
     "webdataset": {"data_pipeline/pack.py", "m4v_dist/bench/loader_contestants.py"},
     "streaming": {"m4v_dist/bench/loader_contestants.py"},
-    "av": {"m4v_dist/frozen/video_file.py", "m4v_dist/frozen/video_stream.py", "m4v_dist/bench/decode_times.py"},
+    "av": {
+        "m4v_dist/frozen/video_file.py",
+        "m4v_dist/frozen/video_facts.py",
+        "m4v_dist/frozen/video_stream.py",
+        "m4v_dist/bench/decode_times.py",
+    },
     "PIL": {"m4v_dist/frozen/video_file.py", "m4v_dist/frozen/contact_sheet.py"},
     "transformers": {"m4v_dist/frozen/pretrained_text.py"},
     "matplotlib": {"m4v_dist/report/plots.py"},

@@ -16,8 +16,8 @@ import numpy as np
 from data_pipeline.decode import DecodeRule, choose_bucket, choose_frames, decode_clip
 from data_pipeline.decoder_pool import DecoderPool
 from m4v_dist.bench.markdown import table
+from m4v_dist.frozen.video_facts import probe_video
 from m4v_dist.frozen.video_file import cover_size
-from m4v_dist.frozen.video_stream import probe_video
 
 NUM_SPARSE = 17
 """Frames of the sparse case, uniform over the clip: the 8k+1 next to sixteen."""

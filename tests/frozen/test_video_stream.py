@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from m4v_dist.frozen.parameter_sets import is_plain_stream
+from m4v_dist.frozen.video_facts import Turn, probe_video
 from m4v_dist.frozen.video_file import Frames, MediaError
-from m4v_dist.frozen.video_stream import Turn, check_stream, probe_video, stream_frames
+from m4v_dist.frozen.video_stream import check_stream, stream_frames
 from tests.data_pipeline.made_media import Made, make_size_change, make_video, pictures
 
 FRAMES = pictures(12)
