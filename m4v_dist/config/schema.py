@@ -152,10 +152,13 @@ class BenchmarkSettings(Settings):
         min_length=1,
         description="Rows of the ablations; two names of one model train once.",
     )  # fmt: skip
-    data_parts: tuple[Literal["decode"], ...] = Field(
+    data_parts: tuple[Literal["decode", "precompute", "loader", "index"], ...] = Field(
         default=("decode",), min_length=1, description="data: parts of the data pipeline that are timed."
     )
-    num_clips: PositiveInt = Field(default=64, description="data: video clips of the sources that are decoded.")
+    num_clips: PositiveInt = Field(
+        default=64,
+        description="data: video clips of the sources that are decoded; precompute repeats them up to that number.",
+    )
     num_rounds: PositiveInt = Field(default=3, description="data: times that each contestant does all clips.")
 
 
