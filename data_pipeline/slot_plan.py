@@ -19,8 +19,8 @@ from m4v_dist.config.data_settings import BucketSettings, SourceSettings
 from m4v_dist.config.training_settings import CurriculumStageSettings, ObjectiveSettings
 from m4v_dist.errors import ConfigError, DataError
 
-_LOOK_UPS_TO_RELEASE = 256
-"""Records of an index after whose look-up its pages are let go of: some 64 KiB for each column of each of them."""
+_LOOK_UPS_TO_RELEASE = 32
+"""Records after whose look-up the pages of a mapped index are let go of; the system maps megabytes for each."""
 ChooseUnit = Callable[[int, int, int, int, int, int], int]
 """`objective.history.choose_unit(num_units, group_size, member, turn, pyramid_stage, num_pyramid_stages)`."""
 NumSegmentTokens = Callable[[int, int, int, tuple[int, int], int], int]
@@ -124,11 +124,6 @@ class SlotPlanner:
 
     def plan(self, stage: StagePlan, state: LoaderState) -> tuple[list[Slot], LoaderState]:
         """All S slots of `state.next_step`, and the state after it."""
-        self._num_looked_up += self.num_slots
-        if self._num_looked_up >= _LOOK_UPS_TO_RELEASE:
-            self._num_looked_up = 0
-            for source in stage.allowed:
-                self.cache.table(source).release()
         picks, cursors = stage.mixture.plan(state.next_step, state.cursors)
         slots = [self._slot(stage, state.next_step, index, pick) for index, pick in enumerate(picks)]
         samples, tokens = dict(state.samples_seen), dict(state.tokens_seen)
@@ -187,6 +182,9 @@ class SlotPlanner:
         self, step: int, index: int, source: str, record: int, *, unit: int, pyramid_stage: int, seed: int
     ) -> Slot:
         table = self.cache.table(source)
+        self._num_looked_up += 1
+        if self._num_looked_up % _LOOK_UPS_TO_RELEASE == 0:
+            table.release()
         caption = _caption(table, record, seed)
         height, width = grid = self._grid(int(table.height_px[record]), int(table.width_px[record]))
         visual = self._num_segment_tokens(
