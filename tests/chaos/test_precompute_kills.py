@@ -31,8 +31,7 @@ def _workers(job: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_kill_9_of_worker_and_driver_costs_uncommitted_shards_only(tmp_path: Path) -> None:
     shards = CopiedShards(tmp_path, num_shards=16)
     shards.write()
