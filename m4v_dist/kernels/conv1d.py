@@ -71,4 +71,5 @@ def causal_conv1d(
         out = out + F.pad(shifted * taps[:, -1 - back], (0, 0, back, 0))
     if bias is not None:
         out = out + bias.to(dtype)
-    return (F.silu(out) if has_silu else out).to(x.dtype)
+    # SiLU of the rounded sum: its input is kept for backward, in x's dtype.
+    return F.silu(out.to(x.dtype)) if has_silu else out.to(x.dtype)

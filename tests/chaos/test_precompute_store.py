@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
         ("errors", {"error_fraction": 0.3}),
         ("cuts", {"cut_fraction": 0.3}),
         ("silences", {"silent": tuple(range(20, 500, 20)), "silence_s": 3.0}),
+        ("errors", {"error_fraction": 0.1, "cut_fraction": 0.1, "silent": (40,), "silence_s": 3.0}),
     ],
 )
 def test_a_store_that_fails_often_changes_nothing(

@@ -11,7 +11,7 @@ from m4v_dist import storage
 from m4v_dist.errors import DataError, StoreError
 from tests.data_pipeline.copied_shards import CopiedShards, remote_files_of
 from tests.data_pipeline.run_here import run_here
-from tests.faulty_object_store import faulty_object_store, killable_object_store
+from tests.faulty_object_store import killable_object_store
 from tests.object_store_server import object_store as sound_object_store
 
 NUM_SHARDS = 3
@@ -33,18 +33,6 @@ def undisturbed(shards: CopiedShards) -> dict[str, bytes]:
 def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Raw shards are read in many requests, as large ones are."""
     monkeypatch.setattr(storage, "_READ_BYTES", 4096)
-
-
-@pytest.mark.slow
-def test_a_store_that_fails_for_moments_changes_nothing(
-    shards: CopiedShards, undisturbed: dict[str, bytes], small_reads: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two faults of ten requests, and a silence; tests/chaos has three of ten."""
-    faults = {"error_fraction": 0.1, "cut_fraction": 0.1, "silent": (40,), "silence_s": 3.0}
-    with faulty_object_store(monkeypatch, **faults) as (bucket, done):
-        run_here(shards.plan(f"{bucket}/cache", shards.upload(bucket)))
-        assert remote_files_of(f"{bucket}/cache") == undisturbed
-        assert done.num["errors"] and done.num["cuts"] and done.num["silences"], done.num
 
 
 def test_a_server_that_is_killed_and_comes_back_changes_nothing(
