@@ -103,7 +103,8 @@ CASES = [
 CASES_ON_RAY = [
     Case("past max_bad_fraction", "precompute_latents", break_a_clip, (), 3,
          "1 clips are quarantined, and 2 shards of at most 2 clips as so far cannot make that few enough"),
-    Case("damaged shard", "precompute_latents", cut_a_shard, (), 3, "1 of 2 shards are damaged, how many clips that loses nobody knows"),
+    Case("damaged shard", "precompute_latents", cut_a_shard, (), 3,
+         "1 of 2 shards are damaged, how many clips that loses nobody knows"),
     Case("actor that fits no node", "precompute_latents", nothing, ("precompute.cpus_per_actor=4096",), 2,
          "ConfigError: an actor wants 4096 CPU"),
     # more than any machine has, so that a test host with GPUs refuses it too
