@@ -1,7 +1,9 @@
 """Small odd videos, made with PyAV in some milliseconds each, and the ways to harm them."""
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -69,7 +71,7 @@ def make_video(
         aspect: a pixel's width over its height.
     """
     file = io.BytesIO()
-    with av.open(file, "w", format=made.container) as container:
+    with _usual_priority(), av.open(file, "w", format=made.container) as container:
         stream = _add(container, made, frames, rate)
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
@@ -78,6 +80,16 @@ def make_video(
         for packet in _packets(stream, frames, stamps):
             container.mux(packet)
     return file.getvalue()
+
+
+@contextmanager
+def _usual_priority() -> Iterator[None]:
+    """Undo what SVT-AV1 does to a process of root's: real time before all others, children that it starts later too."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
 
 
 def make_streams(made: Made, videos: Sequence[Frames]) -> bytes:
